@@ -1,0 +1,1 @@
+"""What a device has: memory that is free, and limits that hold."""

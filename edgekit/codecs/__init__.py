@@ -1,0 +1,1 @@
+"""Codecs turn a weight into a stack of levels and back."""

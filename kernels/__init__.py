@@ -1,0 +1,1 @@
+"""One file per operation: the slow obvious reference beside the fast version."""
