@@ -1,0 +1,69 @@
+"""How much memory is free: what the system has available, or what a control group leaves, whichever is less.
+
+Swap never counts. Linux limits of control groups v1 and v2 hold for nested groups: every level up to the root is asked.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+NO_LIMIT = 1 << 60  # bytes; v1 writes its "no limit" as a number near 2**63
+
+
+@dataclass(frozen=True)
+class FreeMemory:
+    """Free bytes and where the number comes from."""
+
+    n_bytes: int
+    source: str
+
+
+def free_memory(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> FreeMemory:
+    """The least of the system's available memory and the room in every control group of this process."""
+    candidates = [FreeMemory(psutil.virtual_memory().available, "available memory")]
+    candidates += _groups(root, membership)
+    return min(candidates, key=lambda free: free.n_bytes)
+
+
+def _groups(root: Path, membership: Path) -> Iterator[FreeMemory]:
+    """Room in each memory control group this process is in, nested ones included."""
+    if not membership.is_file():
+        return
+    for line in membership.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            yield from _walk(root, path, "memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            yield from _walk(root / "memory", path, *names)
+
+
+def _walk(mount: Path, path: str, limit_name: str, use_name: str, cache_key: str) -> Iterator[FreeMemory]:
+    group = mount / path.lstrip("/")
+    for folder in (group, *group.parents):
+        limit, use = _number(folder / limit_name), _number(folder / use_name)
+        if limit is not None and use is not None and limit < NO_LIMIT:
+            room = limit - use + _stat(folder / "memory.stat", cache_key)
+            yield FreeMemory(max(0, room), f"control group {folder}")
+        if folder == mount:
+            return
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _stat(path: Path, key: str) -> int:
+    """A counter of ``memory.stat``; inactive file pages can be had back at once, so they count as free."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.split()[0] == key), 0)

@@ -1,0 +1,210 @@
+"""An artifact on disk, opened for reading: nothing leaves here before its hash was checked.
+
+``.levels`` may end anywhere: levels that are not whole are ignored and everything before them works, so half a
+download is a valid model.
+"""
+
+import hashlib
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+from edgekit.errors import RefusedError, UsageError
+from edgekit.exporters.gguf import Gguf, read_header, tensor_offsets
+from edgekit.manifest import ALIGNMENT, MANIFEST_NAME, FileRecord, Manifest, Order
+from edgekit.manifest_reader import loads
+from edgekit.stack import Level, Part, Stack
+
+MAX_MANIFEST_BYTES = 1 << 30
+
+
+def open_artifact(folder: Path) -> "Artifact":
+    """Open the artifact in ``folder``: read the manifest, check the base's header, map the files.
+
+    Raises:
+        UsageError: The folder holds no artifact.
+        RefusedError: A file is missing, cut or corrupt.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise UsageError(f"{folder} holds no {MANIFEST_NAME}; make an artifact with: edgekit convert")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise RefusedError(f"{path} has {path.stat().st_size} bytes, more than any manifest")
+    return Artifact(folder, loads(path.read_bytes()))
+
+
+class Artifact:
+    """Files of one artifact, mapped read-only; a context manager.
+
+    Attributes:
+        folder: Where it lies.
+        manifest: What ``edgekit.json`` says.
+        stacks: The tensors with the levels that are whole on this disk.
+        header: The base's GGUF header.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Map the files; ``manifest`` has been checked."""
+        self.folder = folder
+        self.manifest = manifest
+        self._checked: set[Part] = set()
+        self._base: mmap.mmap | bytes = _map(folder / manifest.base.name)
+        self._levels: mmap.mmap | bytes = _map(folder / manifest.levels.name)
+        self.header = self._check_base()
+        self.stacks = tuple(self._whole(stack) for stack in manifest.stacks)
+        self._by_name = {stack.name: stack for stack in self.stacks}
+
+    def __enter__(self) -> "Artifact":
+        """Use as a context manager."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the mappings."""
+        self.close()
+
+    def close(self) -> None:
+        """Let the mappings go; they end when the last view handed out does."""
+        self._base = self._levels = b""
+
+    @property
+    def levels_bytes(self) -> int:
+        """Bytes of ``.levels`` that are here, perhaps fewer than were written."""
+        return len(self._levels)
+
+    def stack(self, name: str) -> Stack:
+        """The stack of tensor ``name``, with the levels that are here."""
+        return self._by_name[name]
+
+    def order(self, which: Order) -> Order:
+        """A load order of the manifest without the levels that are not here."""
+        here = {(level.tensor, level.tier) for stack in self.stacks for level in stack.levels}
+        return tuple(key for key in which if key in here)
+
+    def part(self, level: Level, expert: int = 0) -> memoryview:
+        """The bytes of one part of a level, their hash checked at the first use.
+
+        Raises:
+            RefusedError: The bytes do not have the hash that the manifest gives.
+        """
+        part = level.parts[expert]
+        view = memoryview(self._base if level.parent is None else self._levels)[part.offset : part.end]
+        if part not in self._checked:
+            if hashlib.sha256(view).hexdigest() != part.sha256:
+                raise RefusedError(
+                    f"level {level.tier} of {level.tensor} in {self._record(level).name} is corrupt: "
+                    "its sha256 differs from the manifest's; get the artifact again"
+                )
+            self._checked.add(part)
+        return view
+
+    def release(self) -> None:
+        """Let the kernel drop the files' pages from this process."""
+        for mapped in (self._base, self._levels):
+            if isinstance(mapped, mmap.mmap) and hasattr(mapped, "madvise"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+    def _record(self, level: Level) -> FileRecord:
+        return self.manifest.base if level.parent is None else self.manifest.levels
+
+    def _whole(self, stack: Stack) -> Stack:
+        depth = 1
+        while depth < len(stack.levels) and stack.levels[depth].end <= len(self._levels):
+            depth += 1
+        return replace(stack, levels=stack.levels[:depth])
+
+    def _check_base(self) -> Gguf:
+        """The base has the size, header and tensors that the manifest tells."""
+        record, n_bytes = self.manifest.base, len(self._base)
+        if n_bytes != record.n_bytes:
+            raise RefusedError(
+                f"{record.name} has {n_bytes} bytes, the manifest says {record.n_bytes}; get it again"
+            )
+        head = bytes(self._base[: self.manifest.header_bytes])
+        if hashlib.sha256(head).hexdigest() != self.manifest.header_sha256:
+            raise RefusedError(f"the header of {record.name} is corrupt; get the artifact again")
+        header = read_header(head, file_size=n_bytes, name=record.name)
+        offsets = tensor_offsets(header.tensors, header.alignment)
+        found = [
+            (tensor.name, tensor.type_name, tensor.shape, header.data_offset + offset)
+            for tensor, offset in zip(header.tensors, offsets, strict=True)
+        ]
+        if found != [_base_row(stack) for stack in self.manifest.stacks]:
+            raise RefusedError(f"{record.name} holds other tensors than {MANIFEST_NAME} tells; refused")
+        return header
+
+
+def _base_row(stack: Stack) -> tuple[str, str, tuple[int, ...], int]:
+    """What the base's header must say of a tensor: name, type, shape, offset in the file."""
+    lowest = stack.levels[0]
+    return stack.name, stack.type_at(lowest.tier), stack.shape, lowest.parts[0].offset
+
+
+def _map(path: Path) -> mmap.mmap | bytes:
+    """Map a file read-only; one that is empty (which cannot be mapped) or not there has no bytes."""
+    try:
+        with path.open("rb") as file:
+            n_bytes = os.fstat(file.fileno()).st_size
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if n_bytes else b""
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise RefusedError(f"{path}: {error.strerror}; get the artifact again") from error
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What ``verify`` found; ``missing`` counts levels cut off the end of ``.levels``."""
+
+    checked: int
+    missing: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """No problem was found; missing levels are none."""
+        return not self.problems
+
+
+def verify(artifact: Artifact) -> Verification:
+    """Check every byte of every file against the manifest."""
+    problems = list(_file_problems(artifact))
+    checked = 0
+    for stack in artifact.stacks:
+        for level in stack.levels:
+            checked += 1
+            problems += _level_problems(artifact, level)
+    whole = sum(len(stack.levels) for stack in artifact.manifest.stacks)
+    return Verification(checked, whole - checked, tuple(problems))
+
+
+def _level_problems(artifact: Artifact, level: Level) -> Iterator[str]:
+    for expert in range(len(level.parts)):
+        try:
+            artifact.part(level, expert)
+        except RefusedError as error:
+            yield str(error)
+
+
+def _file_problems(artifact: Artifact) -> Iterator[str]:
+    """Bytes that belong to no level: padding, and a whole file that is not what was written."""
+    manifest = artifact.manifest
+    for record in (manifest.base, manifest.levels):
+        with (artifact.folder / record.name).open("rb") as file:
+            n_bytes, digest = file.seek(0, 2), hashlib.sha256()
+            file.seek(0)
+            while block := file.read(1 << 20):
+                digest.update(block)
+        if n_bytes > record.n_bytes:
+            yield f"{record.name} has {n_bytes} bytes, the manifest says {record.n_bytes}; get it again"
+        elif n_bytes == record.n_bytes and digest.hexdigest() != record.sha256:
+            yield f"{record.name} is corrupt: its sha256 differs from the manifest's; get it again"
+
+
+def align(offset: int) -> int:
+    """The next offset at which a level may start."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT

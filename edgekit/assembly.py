@@ -1,0 +1,154 @@
+"""A GGUF at chosen depths that exists nowhere: its bytes are decoded from the artifact as they are asked for.
+
+``materialize`` writes one to a file, the loader hands one to llama.cpp. Nothing is held but the chunks being decoded.
+"""
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import islice
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.artifact import Artifact
+from edgekit.codecs import CODECS
+from edgekit.codecs.chunks import row_ranges, split_frames
+from edgekit.exporters.file_types import file_type
+from edgekit.exporters.gguf import TensorInfo, header_bytes, padded, tensor_offsets, u32
+from edgekit.kernels.ggml import row_bytes
+from edgekit.planner import Depths
+from edgekit.stack import Level, Stack
+
+ByteArray = npt.NDArray[np.uint8]
+RELEASE_EVERY = 64  # pieces after which the artifact's pages are handed back
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A byte range of the assembled file and how to get its bytes."""
+
+    offset: int
+    n_bytes: int
+    make: Callable[[], bytes | ByteArray]
+
+
+class Assembly:
+    """The GGUF of ``artifact`` at ``depths``, readable from any offset.
+
+    Attributes:
+        size: Bytes of the whole file.
+        tensors: Name, type and shape of every tensor, in file order.
+    """
+
+    def __init__(self, artifact: Artifact, depths: Depths, n_threads: int = 1) -> None:
+        """Lay the file out; decodes nothing yet."""
+        self._artifact, self._depths, self._n_threads = artifact, depths, n_threads
+        self.tensors = tuple(
+            TensorInfo(s.name, s.type_at(depths.tier(s.name)), s.shape) for s in artifact.stacks
+        )
+        self._payloads = lru_cache(maxsize=64)(self._split)
+        self._pieces = list(self._lay_out())
+        self._offsets = [piece.offset for piece in self._pieces]
+        self.size = self._pieces[-1].offset + self._pieces[-1].n_bytes
+        self._position, self._stream = 0, self.stream()
+
+    def read(self, offset: int, n_bytes: int) -> bytes:
+        """The bytes ``[offset, offset + n_bytes)``, fewer at the end; fast when reads follow each other."""
+        if offset != self._position:
+            self._position, self._stream = offset, self.stream(offset)
+        n_bytes = max(0, min(n_bytes, self.size - offset))
+        got, have = [], 0
+        while have < n_bytes:
+            block = next(self._stream)
+            got.append(block)
+            have += len(block)
+        if have > n_bytes:
+            rest = got[-1][len(got[-1]) - (have - n_bytes) :]
+            got[-1] = got[-1][: len(got[-1]) - len(rest)]
+            self._stream = _chain(rest, self._stream)
+        self._position = offset + n_bytes
+        return b"".join(got)
+
+    def write_to(self, file: BinaryIO) -> None:
+        """Write the whole file."""
+        for block in self.stream():
+            file.write(block)
+
+    def stream(self, offset: int = 0) -> Iterator[memoryview]:
+        """The bytes from ``offset`` to the end, decoded a few chunks ahead on ``n_threads`` threads."""
+        first = max(0, bisect_right(self._offsets, offset) - 1)
+        skip = offset - self._pieces[first].offset
+        with ThreadPoolExecutor(self._n_threads) as pool:
+            todo = iter(self._pieces[first:])
+            ahead: deque[Future[bytes | ByteArray]] = deque()
+            ahead.extend(pool.submit(p.make) for p in islice(todo, 2 * self._n_threads))
+            n_done = 0
+            while ahead:
+                block = memoryview(ahead.popleft().result()).cast("B")
+                ahead.extend(pool.submit(p.make) for p in islice(todo, 1))
+                yield block[skip:]
+                skip, n_done = 0, n_done + 1
+                if n_done % RELEASE_EVERY == 0:
+                    self._artifact.release()
+
+    def _lay_out(self) -> Iterator[Piece]:
+        head = self._header()
+        yield Piece(0, len(head), lambda: head)
+        alignment, at = self._artifact.header.alignment, len(head)
+        starts = tensor_offsets(self.tensors, alignment)
+        for stack, info, start in zip(self._artifact.stacks, self.tensors, starts, strict=True):
+            if at < len(head) + start:
+                yield Piece(at, len(head) + start - at, partial(bytes, len(head) + start - at))
+            yield from self._chunks(stack, len(head) + start)
+            at = len(head) + start + info.n_bytes
+        end = padded(at, alignment)
+        if end > at:
+            yield Piece(at, end - at, partial(bytes, end - at))
+
+    def _header(self) -> bytes:
+        metadata = dict(self._artifact.header.metadata)
+        metadata["general.file_type"] = u32(file_type(self.tensors))
+        return header_bytes(metadata, self.tensors)
+
+    def _chunks(self, stack: Stack, at: int) -> Iterator[Piece]:
+        tier = self._depths.tier(stack.name)
+        depth, row = stack.depth_of(tier), row_bytes(stack.type_at(tier), stack.cols)
+        ranges = self._ranges(stack)
+        for expert in range(stack.n_experts):
+            for index, (start, stop) in enumerate(ranges):
+                n_bytes = (stop - start) * row
+                yield Piece(at, n_bytes, partial(self._decode, stack, depth, expert, index))
+                at += n_bytes
+
+    def _ranges(self, stack: Stack) -> list[tuple[int, int]]:
+        rows = stack.n_weights // stack.cols // stack.n_experts
+        return row_ranges(rows, stack.cols, self._artifact.manifest.chunk_weights)
+
+    def _decode(self, stack: Stack, depth: int, expert: int, index: int) -> ByteArray:
+        """Decode one chunk: its level 0 blocks, lifted level by level."""
+        start, stop = self._ranges(stack)[index]
+        base, row = stack.levels[0], row_bytes(stack.type_at(stack.tiers[0]), stack.cols)
+        raw = self._artifact.part(base, expert)[start * row : stop * row]
+        blocks: ByteArray = np.frombuffer(raw, np.uint8)
+        for parent, level in zip(stack.levels, stack.levels[1:depth], strict=False):
+            blocks = CODECS[level.codec].decode_chunk(
+                stack.type_at(parent.tier),
+                stack.type_at(level.tier),
+                blocks,
+                self._payloads(level, expert, len(self._ranges(stack)))[index],
+                (stop - start) * stack.cols,
+            )
+        return blocks
+
+    def _split(self, level: Level, expert: int, n_chunks: int) -> list[memoryview]:
+        return split_frames(self._artifact.part(level, expert), n_chunks)
+
+
+def _chain(first: memoryview, rest: Iterator[memoryview]) -> Iterator[memoryview]:
+    yield first
+    yield from rest

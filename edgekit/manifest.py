@@ -1,0 +1,163 @@
+"""``edgekit.json``: everything about an artifact but the weights, format 1.
+
+Numbers a planner needs are here, so planning reads no weights. ``manifest_reader`` reads it back.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from edgekit.stack import Level, Stack
+
+MANIFEST_NAME = "edgekit.json"
+FORMAT_VERSION = 1
+ALIGNMENT = 64  # bytes; every level starts at a multiple of it
+Json = dict[str, Any]
+Order = tuple[tuple[str, str], ...]  # (tensor, tier) of every level above 0, in load order
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the artifact: plain name, size in bytes, sha256 of all of it."""
+
+    name: str
+    n_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``edgekit.json`` says.
+
+    Attributes:
+        name: Base name of the artifact's files.
+        architecture: llama.cpp's name of the architecture.
+        tiers: Tiers asked for at conversion, lowest first; narrow tensors take their fallback types.
+        chunk_weights: Upper bound of weights in one independently coded chunk.
+        base: The stock GGUF; ``header_bytes`` of it come before the tensor data.
+        levels: The file with all levels above 0.
+        stored_order: Load order by stored bytes: the order of ``.levels``.
+        resident_order: Load order by bytes in memory, which plans follow.
+        model: Facts a planner needs: layers, KV heads, head sizes, context, vocabulary.
+        source: Name, licence and files (name, bytes, sha256) of the checkpoint.
+        tool: Versions, command and options of the conversion.
+        statistics: Where the importance of columns came from, and the unit of ``loss``.
+        quality: Measured rows ``{weights_bytes, bits_per_weight, kl_mean, ...}``, fewest bytes first.
+        experts: Routing metadata of mixture-of-experts models, else empty.
+    """
+
+    name: str
+    architecture: str
+    codec: str
+    tiers: tuple[str, ...]
+    chunk_weights: int
+    base: FileRecord
+    header_bytes: int
+    header_sha256: str
+    levels: FileRecord
+    stacks: tuple[Stack, ...]
+    stored_order: Order
+    resident_order: Order
+    model: Json = field(default_factory=dict)
+    source: Json = field(default_factory=dict)
+    tool: Json = field(default_factory=dict)
+    statistics: Json = field(default_factory=dict)
+    quality: tuple[Json, ...] = ()
+    experts: Json = field(default_factory=dict)
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of weights of all tensors."""
+        return sum(stack.n_weights for stack in self.stacks)
+
+    def level(self, tensor: str, tier: str) -> Level:
+        """The level that lifts ``tensor`` to ``tier``."""
+        return self._levels_by_key[tensor, tier]
+
+    @cached_property
+    def _levels_by_key(self) -> dict[tuple[str, str], Level]:
+        return {(level.tensor, level.tier): level for stack in self.stacks for level in stack.levels}
+
+
+def dumps(manifest: Manifest) -> str:
+    """The manifest as text, ending with its own hash; the same manifest always gives the same text."""
+    body = _to_json(manifest)
+    body["sha256"] = self_hash(body)
+    return "{\n" + ",\n".join(f'"{key}": {_pretty(value)}' for key, value in body.items()) + "\n}\n"
+
+
+def _pretty(value: object) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(_compact(item) for item in value) + "\n]"
+    return _compact(value)
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def self_hash(body: Json) -> str:
+    """sha256 of a manifest's JSON body without its own ``sha256`` field."""
+    rest = {key: value for key, value in body.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _to_json(m: Manifest) -> Json:
+    levels = [m.level(*key) for key in _level_keys(m)]
+    index = {(lv.tensor, lv.tier): i for i, lv in enumerate(levels)}
+    return {
+        "format": "edgekit",
+        "format_version": FORMAT_VERSION,
+        "name": m.name,
+        "architecture": m.architecture,
+        "n_parameters": m.n_parameters,
+        "codec": m.codec,
+        "tiers": list(m.tiers),
+        "chunk_weights": m.chunk_weights,
+        "model": m.model,
+        "source": m.source,
+        "tool": m.tool,
+        "statistics": m.statistics,
+        "quality": list(m.quality),
+        "experts": m.experts,
+        "base": _file_json(m.base) | {"header_bytes": m.header_bytes, "header_sha256": m.header_sha256},
+        "levels_file": _file_json(m.levels),
+        "tensors": [
+            {"name": s.name, "shape": list(s.shape), "source_type": s.source_type} for s in m.stacks
+        ],
+        "levels": [_level_json(level) for level in levels],
+        "load_order": {
+            "stored": [index[key] for key in m.stored_order],
+            "resident": [index[key] for key in m.resident_order],
+        },
+    }
+
+
+def _level_keys(m: Manifest) -> Iterator[tuple[str, str]]:
+    """Level 0 of every tensor in the base's order, then the others as they are stored."""
+    for stack in m.stacks:
+        yield stack.name, stack.levels[0].tier
+    yield from m.stored_order
+
+
+def _file_json(record: FileRecord) -> Json:
+    return {"file": record.name, "bytes": record.n_bytes, "sha256": record.sha256}
+
+
+def _level_json(level: Level) -> Json:
+    row: Json = {
+        "tensor": level.tensor,
+        "parent": level.parent,
+        "tier": level.tier,
+        "codec": level.codec,
+        "loss": level.loss,
+        "offset": level.parts[0].offset,
+        "bytes": level.end - level.parts[0].offset,
+    }
+    if len(level.parts) == 1:
+        return row | {"sha256": level.parts[0].sha256}
+    return row | {"experts": [[p.offset, p.n_bytes, p.sha256] for p in level.parts]}

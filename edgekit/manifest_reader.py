@@ -1,0 +1,232 @@
+"""Read ``edgekit.json`` back, as untrusted input.
+
+Every field is checked for type and range, file names must be plain names, parts lie inside their files, levels form a
+chain from level 0, load orders never put a level before its parent, and the manifest's own hash must agree.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+from edgekit.errors import RefusedError, UnsupportedError
+from edgekit.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    FileRecord,
+    Json,
+    Manifest,
+    Order,
+    self_hash,
+)
+from edgekit.stack import SOURCE, Level, Part, Stack
+
+T = TypeVar("T")
+
+
+def loads(text: bytes) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        RefusedError: It is no manifest, a field is missing or out of range, or its hash differs.
+        UnsupportedError: It was written in another format version.
+    """
+    try:
+        body = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(
+            f"{MANIFEST_NAME} is not valid JSON ({error}); get the artifact again"
+        ) from error
+    if not isinstance(body, dict) or body.get("format") != "edgekit":
+        raise RefusedError(f"{MANIFEST_NAME} is not a manifest of edgekit: it lacks format: edgekit")
+    if body.get("format_version") != FORMAT_VERSION:
+        raise UnsupportedError(
+            f"{MANIFEST_NAME} has format version {body.get('format_version')!r}, "
+            f"this edgekit reads {FORMAT_VERSION}; install the edgekit that wrote it"
+        )
+    if body.get("sha256") != self_hash(body):
+        raise RefusedError(f"{MANIFEST_NAME} does not match its own sha256; get the artifact again")
+    return _from_json(body)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> Json:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise ValueError("a key stands twice")
+    return keys
+
+
+def _from_json(body: Json) -> Manifest:
+    base, order = _get(body, "base", dict), _get(body, "load_order", dict)
+    rows = [_level(row) for row in _rows(body, "levels")]
+    manifest = Manifest(
+        name=_plain_name(_get(body, "name", str)),
+        architecture=_get(body, "architecture", str),
+        codec=_get(body, "codec", str),
+        tiers=tuple(_strings(_get(body, "tiers", list), "tiers")),
+        chunk_weights=_count(body, "chunk_weights", least=1),
+        base=_file(base),
+        header_bytes=_count(base, "header_bytes"),
+        header_sha256=_hash(_get(base, "header_sha256", str)),
+        levels=_file(_get(body, "levels_file", dict)),
+        stacks=tuple(_stacks(_rows(body, "tensors"), rows)),
+        stored_order=_order(order, "stored", rows),
+        resident_order=_order(order, "resident", rows),
+        model=_get(body, "model", dict),
+        source=_get(body, "source", dict),
+        tool=_get(body, "tool", dict),
+        statistics=_get(body, "statistics", dict),
+        quality=tuple(_rows(body, "quality")),
+        experts=_get(body, "experts", dict),
+    )
+    _check(manifest)
+    return manifest
+
+
+def _get(obj: Mapping[str, Any], key: str, kind: type[T]) -> T:
+    value = obj.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise RefusedError(
+            f"{MANIFEST_NAME}: field '{key}' has {type(value).__name__}, needs {kind.__name__}; "
+            "get the artifact again"
+        )
+    return value
+
+
+def _count(obj: Mapping[str, Any], key: str, least: int = 0) -> int:
+    value = _get(obj, key, int)
+    if not least <= value < 1 << 62:
+        raise RefusedError(f"{MANIFEST_NAME}: field '{key}' is {value}, out of range")
+    return value
+
+
+def _rows(obj: Mapping[str, Any], key: str) -> list[Json]:
+    rows = _get(obj, key, list)
+    if not all(isinstance(row, dict) for row in rows):
+        raise RefusedError(f"{MANIFEST_NAME}: '{key}' needs a list of objects")
+    return rows
+
+
+def _strings(values: list[object], key: str) -> list[str]:
+    if not all(isinstance(value, str) for value in values):
+        raise RefusedError(f"{MANIFEST_NAME}: '{key}' needs a list of names")
+    return [str(value) for value in values]
+
+
+def _plain_name(name: str) -> str:
+    """A name that stays in its folder: no separators, no drive, no parent, nothing hidden."""
+    if name != PurePosixPath(name).name or set(name) & set('\\/:\0') or name.startswith("."):
+        raise RefusedError(f"{MANIFEST_NAME}: '{name}' is not a plain file name; refused")
+    return name
+
+
+def _hash(text: str) -> str:
+    if len(text) != 64 or set(text) - set("0123456789abcdef"):
+        raise RefusedError(f"{MANIFEST_NAME}: '{text[:70]}' is no sha256")
+    return text
+
+
+def _file(obj: Json) -> FileRecord:
+    return FileRecord(
+        _plain_name(_get(obj, "file", str)), _count(obj, "bytes"), _hash(_get(obj, "sha256", str))
+    )
+
+
+def _level(row: Json) -> Level:
+    parent, loss = row.get("parent"), row.get("loss")
+    if parent is not None and not isinstance(parent, str):
+        raise RefusedError(f"{MANIFEST_NAME}: a level's parent is {parent!r}, needs a tier or null")
+    if not isinstance(loss, (int, float)) or not 0 <= loss < float("inf"):
+        raise RefusedError(f"{MANIFEST_NAME}: a level's loss is {loss!r}, needs a number >= 0")
+    return Level(
+        tensor=_get(row, "tensor", str),
+        tier=_get(row, "tier", str),
+        parent=parent,
+        codec=_get(row, "codec", str),
+        parts=_parts(row),
+        loss=float(loss),
+    )
+
+
+def _parts(row: Json) -> tuple[Part, ...]:
+    offset, n_bytes = _count(row, "offset"), _count(row, "bytes", least=1)
+    if "experts" not in row:
+        return (Part(offset, n_bytes, _hash(_get(row, "sha256", str))),)
+    parts = tuple(_expert_part(item) for item in _get(row, "experts", list))
+    ordered = all(a.end <= b.offset for a, b in zip(parts, parts[1:], strict=False))
+    if not ordered or not parts or parts[0].offset != offset or parts[-1].end != offset + n_bytes:
+        raise RefusedError(f"{MANIFEST_NAME}: the experts of {row['tensor']} do not fill its level")
+    return parts
+
+
+def _expert_part(item: object) -> Part:
+    match item:
+        case [int(offset), int(n_bytes), str(sha256)] if offset >= 0 and n_bytes > 0:
+            return Part(offset, n_bytes, _hash(sha256))
+    raise RefusedError(f"{MANIFEST_NAME}: an expert is {item!r}, needs [offset, bytes, sha256]")
+
+
+def _stacks(tensors: list[Json], levels: list[Level]) -> Iterator[Stack]:
+    by_tensor: dict[str, list[Level]] = {}
+    for level in levels:
+        by_tensor.setdefault(level.tensor, []).append(level)
+    for row in tensors:
+        name, shape = _get(row, "name", str), tuple(_get(row, "shape", list))
+        if not 1 <= len(shape) <= 3 or not all(type(n) is int and 0 < n < 1 << 40 for n in shape):
+            raise RefusedError(f"{MANIFEST_NAME}: tensor {name} has shape {list(shape)}")
+        yield Stack(name, shape, _get(row, "source_type", str), _chain(name, by_tensor.pop(name, [])))
+    if by_tensor:
+        raise RefusedError(f"{MANIFEST_NAME}: levels of unknown tensors: {', '.join(by_tensor)}"[:300])
+
+
+def _chain(name: str, levels: list[Level]) -> tuple[Level, ...]:
+    """The levels of one tensor, each after its parent."""
+    by_parent = {level.parent: level for level in levels}
+    chain: list[Level] = []
+    while (following := by_parent.get(chain[-1].tier if chain else None)) is not None:
+        if len(chain) >= len(levels):
+            break
+        chain.append(following)
+    if not chain or len(chain) != len(levels):
+        raise RefusedError(f"{MANIFEST_NAME}: the levels of {name} form no chain from level 0")
+    return tuple(chain)
+
+
+def _order(order: Json, key: str, levels: list[Level]) -> Order:
+    indices = _get(order, key, list)
+    above = [i for i, level in enumerate(levels) if level.parent is not None]
+    if not all(type(i) is int for i in indices) or sorted(indices) != above:
+        raise RefusedError(f"{MANIFEST_NAME}: load order '{key}' does not name every level once")
+    return tuple((levels[i].tensor, levels[i].tier) for i in indices)
+
+
+def _check(m: Manifest) -> None:
+    """Facts that tie fields together: parts inside their files, orders that respect parents."""
+    if not m.stacks:
+        raise RefusedError(f"{MANIFEST_NAME}: the artifact has no tensors")
+    for stack in m.stacks:
+        if stack.tiers[-1] != SOURCE and SOURCE in stack.tiers:
+            raise RefusedError(f"{MANIFEST_NAME}: {stack.name} has levels above {SOURCE}")
+        for level in stack.levels:
+            _check_level(m, stack, level)
+    for order in (m.stored_order, m.resident_order):
+        _check_parents_first(m, order)
+
+
+def _check_level(m: Manifest, stack: Stack, level: Level) -> None:
+    record = m.base if level.parent is None else m.levels
+    if level.end > record.n_bytes:
+        raise RefusedError(f"{MANIFEST_NAME}: level {level.tier} of {level.tensor} ends after {record.name}")
+    if len(level.parts) != stack.n_experts:
+        raise RefusedError(
+            f"{MANIFEST_NAME}: level {level.tier} of {level.tensor} has {len(level.parts)} parts "
+            f"for {stack.n_experts} experts"
+        )
+
+
+def _check_parents_first(m: Manifest, order: Order) -> None:
+    reached = {(stack.name, stack.levels[0].tier) for stack in m.stacks}
+    for tensor, tier in order:
+        if (tensor, m.level(tensor, tier).parent) not in reached:
+            raise RefusedError(f"{MANIFEST_NAME}: level {tier} of {tensor} comes before its parent")
+        reached.add((tensor, tier))

@@ -1,0 +1,264 @@
+"""A plan: budget and context in, the depth of every tensor out, with every byte accounted for."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgekit.artifact import Artifact
+from edgekit.errors import DoesNotFitError, RefusedError, UsageError
+from edgekit.kernels.ggml import row_bytes
+from edgekit.manifest import Json
+from edgekit.planner import Depths, fill, resident_bytes, tier_at, uniform
+from edgekit.sizes import format_size
+
+KV_TYPES = {"f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}  # option -> ggml type of the cache
+DEFAULT_CONTEXT = 4096  # tokens, or the model's own context when that is shorter
+DEFAULT_BATCH = 512  # tokens computed at once; llama.cpp's own default
+# Python, numpy, the command line and llama.cpp's libraries, before any model: measured on x86-64 Linux
+PROCESS_BYTES = 90 << 20
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a process needs besides weights; bytes."""
+
+    kv_bytes: int
+    compute_bytes: int
+    overhead_bytes: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.kv_bytes + self.compute_bytes + self.overhead_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The depth of every tensor within a budget; bytes.
+
+    Attributes:
+        budget_bytes: What the process may hold resident; ``None`` where only the weights were limited.
+        context: Tokens.
+        batch: Tokens of a prompt computed at once.
+        kv_type: Key of `KV_TYPES`.
+        memory: Everything but weights.
+        depths: Tier of every tensor.
+        bits_per_weight: Of the weights in memory.
+        expected_kl: Mean KL divergence to the source, interpolated from what ``convert`` measured; ``None`` where
+            it measured nothing.
+    """
+
+    budget_bytes: int | None
+    context: int
+    batch: int
+    kv_type: str
+    memory: Memory
+    depths: Depths
+    bits_per_weight: float
+    expected_kl: float | None
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights and everything else."""
+        return self.depths.weights_bytes + self.memory.total
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The facts of a model that memory follows from.
+
+    Attributes:
+        n_layers: Blocks.
+        context: Longest context the model was trained for, tokens.
+        kv_elements: Elements of keys and of values per token and layer, ``[layers][2]``.
+        width: Floats per token of the widest activations together.
+        vocab: Rows of the output head.
+    """
+
+    n_layers: int
+    context: int
+    kv_elements: tuple[tuple[int, int], ...]
+    width: int
+    vocab: int
+
+
+def shape_of(architecture: str, model: Mapping[str, Any]) -> Shape:
+    """Read a `Shape` from the manifest's ``model``.
+
+    Raises:
+        RefusedError: A field is missing or no number.
+    """
+
+    def number(key: str, default: int | None = None) -> int:
+        value = model.get(f"{architecture}.{key}", default)
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise RefusedError(f"edgekit.json: model field {architecture}.{key} is {value!r}, needs a count")
+        return value
+
+    layers, width, heads = number("block_count"), number("embedding_length"), number("attention.head_count")
+    kv_heads = model.get(f"{architecture}.attention.head_count_kv", heads)
+    per_layer = kv_heads if isinstance(kv_heads, list) else [kv_heads] * layers
+    head_k = number("attention.key_length", width // heads)
+    head_v = number("attention.value_length", width // heads)
+    feed_forward = _widest(model.get(f"{architecture}.feed_forward_length", width))
+    return Shape(
+        n_layers=layers,
+        context=number("context_length"),
+        kv_elements=tuple((n * head_k, n * head_v) for n in per_layer),
+        width=4 * width + 3 * feed_forward + 2 * heads * (head_k + head_v),
+        vocab=int(model["vocab_size"]),
+    )
+
+
+def _widest(value: object) -> int:
+    values = value if isinstance(value, list) else [value]
+    return max(int(v) for v in values)
+
+
+def memory_of(shape: Shape, context: int, kv_type: str, batch: int = DEFAULT_BATCH) -> Memory:
+    """KV cache by its formula, compute buffers by an upper bound, the process by measurement.
+
+    The compute bound counts one batch of logits and of the widest layer's activations in float32; llama.cpp
+    reuses buffers and stays below it.
+    """
+    if kv_type not in KV_TYPES:
+        raise UsageError(f"KV type '{kv_type}' is unknown; choose {', '.join(KV_TYPES)}")
+    kind, cells = KV_TYPES[kv_type], -(-context // 256) * 256  # llama.cpp pads the cache to 256 cells
+    kv = sum(cells * (_kv_bytes(kind, k) + _kv_bytes(kind, v)) for k, v in shape.kv_elements)
+    tokens = min(batch, context)
+    compute = 4 * tokens * (shape.vocab + shape.width) + 8 * cells * tokens
+    return Memory(kv, compute, PROCESS_BYTES)
+
+
+def _kv_bytes(kind: str, elements: int) -> int:
+    return row_bytes(kind, elements) if kind == "F16" else row_bytes(kind, -(-elements // 32) * 32)
+
+
+def plan_budget(
+    artifact: Artifact, budget_bytes: int, context: int | None = None, kv_type: str = "f16"
+) -> Plan:
+    """The best depths that a process of ``budget_bytes`` can hold.
+
+    Raises:
+        DoesNotFitError: Even the lowest depth is too large; the message says what would fit.
+    """
+    shape = shape_of(artifact.manifest.architecture, artifact.manifest.model)
+    n_tokens = _context(shape, context)
+    batch = DEFAULT_BATCH
+    memory = memory_of(shape, n_tokens, kv_type, batch)
+    lowest = uniform(artifact.stacks, lambda stack: stack.tiers[0]).weights_bytes
+    while batch > 32 and lowest + memory.total > budget_bytes:
+        batch //= 2
+        memory = memory_of(shape, n_tokens, kv_type, batch)
+    if lowest + memory.total > budget_bytes:
+        raise DoesNotFitError(_too_small(shape, lowest, memory, budget_bytes, n_tokens, kv_type, batch))
+    order = artifact.order(artifact.manifest.resident_order)
+    depths = fill(artifact.stacks, order, budget_bytes - memory.total)
+    return _plan(artifact, depths, memory, budget_bytes, n_tokens, batch, kv_type)
+
+
+def plan_weights(artifact: Artifact, weights_bytes: int) -> Plan:
+    """The best depths whose weights take at most ``weights_bytes``."""
+    order = artifact.order(artifact.manifest.resident_order)
+    depths = fill(artifact.stacks, order, weights_bytes)
+    return _unlimited(artifact, depths)
+
+
+def plan_tier(artifact: Artifact, tier: str) -> Plan:
+    """Every tensor at ``tier``, as llama-quantize's pure mode would have it.
+
+    Raises:
+        UsageError: The artifact has no such tier, or not all of its levels are here.
+    """
+    if tier not in artifact.manifest.tiers:
+        raise UsageError(
+            f"{artifact.folder} has no tier {tier}; it has {', '.join(artifact.manifest.tiers)}"
+        )
+    return _unlimited(artifact, uniform(artifact.stacks, lambda stack: tier_at(stack, tier)))
+
+
+def _unlimited(artifact: Artifact, depths: Depths) -> Plan:
+    shape = shape_of(artifact.manifest.architecture, artifact.manifest.model)
+    context = _context(shape, None)
+    memory = memory_of(shape, context, "f16")
+    return _plan(artifact, depths, memory, None, context, DEFAULT_BATCH, "f16")
+
+
+def _plan(
+    artifact: Artifact,
+    depths: Depths,
+    memory: Memory,
+    budget_bytes: int | None,
+    context: int,
+    batch: int,
+    kv_type: str,
+) -> Plan:
+    bits = 8 * depths.weights_bytes / artifact.manifest.n_parameters
+    kl = expected_kl(artifact.manifest.quality, depths.weights_bytes)
+    return Plan(budget_bytes, context, batch, kv_type, memory, depths, bits, kl)
+
+
+def _context(shape: Shape, asked: int | None) -> int:
+    if asked is None:
+        return min(DEFAULT_CONTEXT, shape.context)
+    if not 1 <= asked <= 1 << 24:
+        raise UsageError(f"context {asked} is out of range; give 1 to {1 << 24} tokens")
+    return asked
+
+
+def _too_small(
+    shape: Shape, lowest: int, memory: Memory, budget: int, context: int, kv_type: str, batch: int
+) -> str:
+    need = lowest + memory.total
+    line = (
+        f"the lowest depth needs {format_size(need)} (weights {format_size(lowest)}, KV cache "
+        f"{format_size(memory.kv_bytes)}, compute {format_size(memory.compute_bytes)}, process "
+        f"{format_size(memory.overhead_bytes)}), the budget is {format_size(budget)}"
+    )
+    for shorter in (context // 2**i for i in range(1, 16)):
+        if shorter >= 128 and lowest + memory_of(shape, shorter, kv_type, batch).total <= budget:
+            return f"{line}; it would fit with --context {shorter}"
+    return f"{line}; give --budget {-(-need // 2**20)}MiB or more"
+
+
+def expected_kl(quality: Sequence[Json], weights_bytes: int) -> float | None:
+    """Interpolate the measured KL at ``weights_bytes``: log KL is close to linear in bytes.
+
+    Below the first and above the last measured size the nearest value is given.
+    """
+    points = sorted((row["weights_bytes"], max(row["kl_mean"], 1e-9)) for row in quality)
+    if not points:
+        return None
+    before = [p for p in points if p[0] <= weights_bytes] or points[:1]
+    after = [p for p in points if p[0] >= weights_bytes] or points[-1:]
+    (x0, y0), (x1, y1) = before[-1], after[0]
+    if x1 <= x0:
+        return float(y0 if x0 <= weights_bytes else y1)
+    share = (weights_bytes - x0) / (x1 - x0)
+    return math.exp((1 - share) * math.log(y0) + share * math.log(y1))
+
+
+def plan_json(artifact: Artifact, plan: Plan) -> Json:
+    """The plan as one JSON object; sizes in bytes."""
+    tensors = [
+        {"name": s.name, "tier": plan.depths.tier(s.name), "bytes": resident_bytes(s, plan.depths.tier(s.name))}
+        for s in artifact.stacks
+    ]
+    return {
+        "fits": plan.budget_bytes is None or plan.total_bytes <= plan.budget_bytes,
+        "budget_bytes": plan.budget_bytes,
+        "context": plan.context,
+        "batch": plan.batch,
+        "kv_type": plan.kv_type,
+        "weights_bytes": plan.depths.weights_bytes,
+        "kv_bytes": plan.memory.kv_bytes,
+        "compute_bytes": plan.memory.compute_bytes,
+        "overhead_bytes": plan.memory.overhead_bytes,
+        "total_bytes": plan.total_bytes,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "expected_kl": plan.expected_kl,
+        "tensors": tensors,
+    }
+
+

@@ -1,0 +1,218 @@
+"""Turn a finished spool into an artifact: base, levels in load order, manifest, model card, then one rename."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from edgekit.artifact import align
+from edgekit.exporters.file_types import file_type
+from edgekit.exporters.gguf import TensorInfo, header_bytes, padded, tensor_offsets, u32
+from edgekit.exporters.gguf_values import Value
+from edgekit.manifest import MANIFEST_NAME, FileRecord, Manifest, dumps
+from edgekit.planner import load_order, resident_step, stored_step
+from edgekit.spool import Spool, TensorRecord, write_atomically
+from edgekit.stack import SOURCE, Level, Part, Stack
+
+BASE_CODEC = "ggml"  # level 0 is plain blocks
+ALIGNMENT = 32  # bytes between tensors of the base, GGUF's default
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tensor whose levels lie in the spool under ``index``."""
+
+    index: int
+    shape: tuple[int, ...]
+    source_type: str
+    record: TensorRecord
+
+    def type_at(self, level: int) -> str:
+        """ggml type of level ``level``."""
+        tier = self.record.tiers[level]
+        return self.source_type if tier == SOURCE else tier
+
+
+class HashingWriter:
+    """A new file that knows its length and hash; refuses to follow a link or to overwrite."""
+
+    def __init__(self, path: Path) -> None:
+        """Create ``path``."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        self._file: BinaryIO = os.fdopen(os.open(path, flags, 0o644), "wb")
+        self._digest = hashlib.sha256()
+        self.path, self.n_bytes = path, 0
+
+    def __enter__(self) -> "HashingWriter":
+        """Use as a context manager."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Sync and close."""
+        try:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+    def write(self, data: bytes) -> None:
+        """Append ``data``."""
+        self._file.write(data)
+        self._digest.update(data)
+        self.n_bytes += len(data)
+
+    def pad_to(self, offset: int) -> None:
+        """Append zeros up to ``offset``."""
+        self.write(bytes(offset - self.n_bytes))
+
+    def part(self, pieces: Iterator[bytes]) -> Part:
+        """Append ``pieces`` as one part."""
+        start, digest = self.n_bytes, hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
+            self.write(piece)
+        return Part(start, self.n_bytes - start, digest.hexdigest())
+
+    @property
+    def record(self) -> FileRecord:
+        """Name, bytes and hash of what has been written."""
+        return FileRecord(self.path.name, self.n_bytes, self._digest.hexdigest())
+
+
+def publish(
+    spool: Spool, folder: Path, tensors: Sequence[Encoded], metadata: dict[str, Value], facts: Manifest
+) -> Manifest:
+    """Write base and ``.levels`` into ``folder`` from the spool and return the manifest with all of it.
+
+    Args:
+        spool: Where the encoded tensors lie.
+        folder: Exists and is empty.
+        tensors: In the base's order.
+        metadata: Key-value pairs of the base GGUF.
+        facts: Everything about the artifact that does not depend on the files.
+    """
+    stem = facts.name
+    with HashingWriter(folder / f"{stem}-{_lowest(facts.tiers)}.gguf") as out:
+        header, stacks = _write_base(out, spool, tensors, metadata, facts.codec)
+        base = out.record
+    stored, resident = load_order(stacks, stored_step), load_order(stacks, resident_step)
+    with HashingWriter(folder / f"{stem}.levels") as out:
+        stacks = _write_levels(out, spool, tensors, stacks, stored)
+        levels = out.record
+    return replace(
+        facts,
+        base=base,
+        header_bytes=len(header),
+        header_sha256=hashlib.sha256(header).hexdigest(),
+        levels=levels,
+        stacks=stacks,
+        stored_order=stored,
+        resident_order=resident,
+    )
+
+
+def _lowest(tiers: Sequence[str]) -> str:
+    return tiers[0] if tiers[0] != SOURCE else "source"
+
+
+def _write_base(
+    out: HashingWriter,
+    spool: Spool,
+    tensors: Sequence[Encoded],
+    metadata: dict[str, Value],
+    codec: str,
+) -> tuple[bytes, tuple[Stack, ...]]:
+    infos = [TensorInfo(t.record.name, t.type_at(0), t.shape) for t in tensors]
+    header = header_bytes(metadata | {"general.file_type": u32(file_type(infos))}, infos)
+    out.write(header)
+    stacks = []
+    for tensor, offset in zip(tensors, tensor_offsets(infos, ALIGNMENT), strict=True):
+        out.pad_to(len(header) + offset)
+        parts = tuple(
+            out.part(spool.pieces(tensor.index, tensor.record, 0, expert))
+            for expert in range(len(tensor.record.sizes))
+        )
+        levels = tuple(
+            _level(tensor, i, parts if i == 0 else _sizes(tensor, i), codec)
+            for i in range(len(tensor.record.tiers))
+        )
+        stacks.append(Stack(tensor.record.name, tensor.shape, tensor.source_type, levels))
+    out.pad_to(padded(out.n_bytes, ALIGNMENT))
+    return header, tuple(stacks)
+
+
+def _sizes(tensor: Encoded, level: int) -> tuple[Part, ...]:
+    """Parts that know their size but not yet their place: what ordering the levels needs."""
+    return tuple(
+        Part(0, sum(chunk[level] for chunk in expert), "") for expert in tensor.record.sizes
+    )
+
+
+def _level(tensor: Encoded, i: int, parts: tuple[Part, ...], codec: str) -> Level:
+    record = tensor.record
+    parent, codec = (None, BASE_CODEC) if i == 0 else (record.tiers[i - 1], codec)
+    return Level(record.name, record.tiers[i], parent, codec, parts, record.losses[i])
+
+
+def _write_levels(
+    out: HashingWriter,
+    spool: Spool,
+    tensors: Sequence[Encoded],
+    stacks: Sequence[Stack],
+    order: Sequence[tuple[str, str]],
+) -> tuple[Stack, ...]:
+    """Write all levels in ``order``; return the stacks with every part in its place."""
+    by_name = {tensor.record.name: tensor for tensor in tensors}
+    placed: dict[tuple[str, str], tuple[Part, ...]] = {}
+    for name, tier in order:
+        tensor = by_name[name]
+        level, parts = tensor.record.tiers.index(tier), []
+        for expert in range(len(tensor.record.sizes)):
+            out.pad_to(align(out.n_bytes))
+            parts.append(out.part(spool.pieces(tensor.index, tensor.record, level, expert)))
+        placed[name, tier] = tuple(parts)
+    return tuple(
+        replace(
+            stack,
+            levels=tuple(
+                replace(lv, parts=placed.get((lv.tensor, lv.tier), lv.parts)) for lv in stack.levels
+            ),
+        )
+        for stack in stacks
+    )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``edgekit.json`` into ``folder``."""
+    write_atomically(folder / MANIFEST_NAME, dumps(manifest).encode())
+
+
+def move_into_place(staged: Path, final: Path) -> None:
+    """Rename the staged folder to its final name; what stood there before goes only then."""
+    sync_folder(staged)
+    old = final.with_name(f".{final.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    if final.exists():
+        final.rename(old)
+    staged.rename(final)
+    sync_folder(final.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,106 @@
+"""The working folder of a conversion: what is done survives a kill, and ``--resume`` goes on from there.
+
+One file per tensor with all its levels, chunk after chunk, and one JSON record that is written last, atomically: a tensor
+is done exactly when its record is there. A job file ties the folder to one conversion: same checkpoint, same options.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekit.errors import UsageError
+
+JOB_NAME = "job.json"
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """Where the levels of one tensor lie in its spool file.
+
+    Attributes:
+        name: GGUF name.
+        tiers: Tier of every level, lowest first.
+        losses: Loss left at each tier.
+        sizes: ``[expert][chunk][level]`` bytes, in file order.
+    """
+
+    name: str
+    tiers: tuple[str, ...]
+    losses: tuple[float, ...]
+    sizes: tuple[tuple[tuple[int, ...], ...], ...]
+
+
+class Spool:
+    """The working folder next to the artifact it becomes."""
+
+    def __init__(self, folder: Path) -> None:
+        """Take ``folder``; nothing is created yet."""
+        self.folder = folder
+
+    def open(self, job: dict[str, Any], resume: bool) -> None:
+        """Start empty, or go on where a conversion with the same ``job`` stopped.
+
+        Raises:
+            UsageError: The folder belongs to another conversion.
+        """
+        path = self.folder / JOB_NAME
+        if resume and path.is_file():
+            if json.loads(path.read_text()) != json.loads(json.dumps(job)):
+                raise UsageError(
+                    f"{self.folder} belongs to a conversion with another checkpoint or other options; "
+                    "repeat the first command with --resume, or leave --resume out to start again"
+                )
+            return
+        self.remove()
+        self.folder.mkdir(parents=True)
+        write_atomically(path, json.dumps(job, indent=1).encode())
+
+    def remove(self) -> None:
+        """Delete the folder with everything in it."""
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+
+    def data_path(self, index: int) -> Path:
+        """The file of tensor ``index``."""
+        return self.folder / f"{index:06d}.data"
+
+    def record(self, index: int) -> TensorRecord | None:
+        """The record of tensor ``index``, ``None`` while it is not done."""
+        path = self._record_path(index)
+        if not path.is_file():
+            return None
+        body = json.loads(path.read_text())
+        sizes = tuple(tuple(tuple(chunk) for chunk in expert) for expert in body["sizes"])
+        return TensorRecord(body["name"], tuple(body["tiers"]), tuple(body["losses"]), sizes)
+
+    def commit(self, index: int, record: TensorRecord) -> None:
+        """Make tensor ``index`` done: its data on disk first, then its record."""
+        with self.data_path(index).open("rb") as file:
+            os.fsync(file.fileno())
+        write_atomically(self._record_path(index), json.dumps(asdict(record)).encode())
+
+    def pieces(self, index: int, record: TensorRecord, level: int, expert: int) -> Iterator[bytes]:
+        """The chunks of one level of one expert, in order."""
+        at = sum(sum(chunk) for done in record.sizes[:expert] for chunk in done)
+        with self.data_path(index).open("rb") as file:
+            for chunk in record.sizes[expert]:
+                file.seek(at + sum(chunk[:level]))
+                yield file.read(chunk[level])
+                at += sum(chunk)
+
+    def _record_path(self, index: int) -> Path:
+        return self.folder / f"{index:06d}.json"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
