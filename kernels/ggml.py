@@ -195,8 +195,7 @@ def _checked_imatrix(kind: GgmlType, imatrix: F32Array | None, cols: int) -> F32
         return None
     if imatrix.shape != (cols,):
         raise UsageError(
-            f"an imatrix for rows of {cols} columns needs shape [{cols}], "
-            f"got {list(imatrix.shape)}"
+            f"an imatrix for rows of {cols} columns needs shape [{cols}], got {list(imatrix.shape)}"
         )
     imatrix = np.ascontiguousarray(imatrix, np.float32)
     if not np.isfinite(imatrix).all() or (imatrix < 0).any():

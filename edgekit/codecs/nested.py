@@ -1,0 +1,177 @@
+"""Codec `nested`: the payload of one chunk of one level, and back.
+
+A payload, all integers little-endian:
+
+    u8          1, the format
+    u32 [3]     limits of the step classes (`Parts.limits`)
+    per stream  u8 width, u32 residuals, u32 patches, u32 bytes of its digits
+    u32, u32    bytes of the patches, bytes of the rest
+    then        digits of each stream, patches, rest: each a zstd frame, or nothing if empty
+
+The patches are those of all streams: the low bytes of the gaps, the high bytes, the low bytes of
+the values, the high bytes.
+"""
+
+import struct
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import zstandard
+
+from edgekit.errors import RefusedError
+from edgekit.kernels import nested
+from edgekit.kernels.ggml import ByteArray
+from edgekit.kernels.nested import CHILDREN
+from edgekit.kernels.packing_ref import WINDOWS, Packed, digit_bytes
+
+__all__ = ["CHILDREN", "decode_chunk", "encode_chunk"]
+
+FORMAT = 1
+ZSTD_LEVEL = 1
+_HEAD = struct.Struct("<B3I")
+_STREAM = struct.Struct("<BIII")
+_TAIL = struct.Struct("<II")
+
+
+def encode_chunk(parent_type: str, child_type: str, parent: ByteArray, child: ByteArray) -> bytes:
+    """Encode a chunk of a tensor in ``child_type``, given the same weights in ``parent_type``.
+
+    Args:
+        parent_type: Any key of `ggml.TYPES`.
+        child_type: One of `CHILDREN`.
+        parent: uint8, whole blocks.
+        child: uint8, whole blocks of as many weights.
+
+    Raises:
+        RefusedError: The two differ in their number of weights.
+    """
+    parts = nested.split(parent_type, child_type, parent, child)
+    packed = [nested.pack(residuals) for residuals in parts.streams]
+    frames = [_compress(p.digits) for p in packed]
+    patches, rest = _compress(_join_patches(packed)), _compress(parts.rest)
+    head = _HEAD.pack(FORMAT, *parts.limits.tolist()) + b"".join(
+        _STREAM.pack(p.width, p.count, len(p.gaps), len(frame))
+        for p, frame in zip(packed, frames, strict=True)
+    )
+    return b"".join([head, _TAIL.pack(len(patches), len(rest)), *frames, patches, rest])
+
+
+def decode_chunk(
+    parent_type: str,
+    child_type: str,
+    parent: ByteArray,
+    payload: bytes | bytearray | memoryview,
+    n_weights: int,
+) -> ByteArray:
+    """Decode the blocks of ``n_weights`` weights in ``child_type``, uint8, flat.
+
+    Raises:
+        RefusedError: The payload is corrupt, or not of this parent.
+    """
+    with memoryview(payload).cast("B") as view:
+        header = _read_header(child_type, view, n_weights)
+        frames = _frames(header, view)
+        digits = [_decompress(next(frames), digit_bytes(s.width, s.count)) for s in header.streams]
+        patches = _decompress(next(frames), 4 * sum(s.n_patches for s in header.streams))
+        rest = _decompress(next(frames), nested.rest_bytes(child_type, n_weights))
+    packed = _split_patches(header.streams, digits, patches)
+    streams = [nested.unpack(p) for p in packed]
+    parts = nested.Parts(np.array(header.limits, np.uint32), streams, rest)
+    return nested.join(parent_type, child_type, parent, parts, n_weights)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    width: int
+    count: int
+    n_patches: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class _Header:
+    limits: tuple[int, int, int]
+    streams: tuple[_Stream, ...]
+    sizes: tuple[int, ...]  # of all frames, in order
+    end: int  # where the frames begin
+
+
+def _read_header(child_type: str, view: memoryview, n_weights: int) -> _Header:
+    n_streams = nested.n_streams(child_type)
+    end = _HEAD.size + n_streams * _STREAM.size + _TAIL.size
+    if len(view) < end or view[0] != FORMAT:
+        raise RefusedError(
+            f"a level to {child_type} has {len(view)} bytes and format "
+            f"{view[0] if len(view) else 'none'}; needed are {end} or more and {FORMAT}"
+        )
+    _, *limits = _HEAD.unpack_from(view)
+    streams = tuple(
+        _Stream(*_STREAM.unpack_from(view, _HEAD.size + k * _STREAM.size)) for k in range(n_streams)
+    )
+    sizes = (*(s.n_bytes for s in streams), *_TAIL.unpack_from(view, end - _TAIL.size))
+    if (
+        any(s.width not in WINDOWS or s.n_patches > s.count for s in streams)
+        or sum(s.count for s in streams) != n_weights
+        or end + sum(sizes) != len(view)
+    ):
+        raise RefusedError(
+            f"a level to {child_type} has a header that does not add up to its "
+            f"{len(view)} bytes and {n_weights} weights; it is corrupt"
+        )
+    return _Header((limits[0], limits[1], limits[2]), streams, sizes, end)
+
+
+def _frames(header: _Header, view: memoryview) -> Iterator[memoryview]:
+    start = header.end
+    for size in header.sizes:
+        yield view[start : start + size]
+        start += size
+
+
+def _join_patches(packed: list[Packed]) -> ByteArray:
+    gaps = np.concatenate([p.gaps for p in packed]).astype("<u2")
+    values = np.concatenate([p.values for p in packed]).astype("<i2")
+    planes = [x.view(np.uint8).reshape(-1, 2).T.reshape(-1) for x in (gaps, values)]
+    return np.concatenate(planes)
+
+
+def _split_patches(
+    streams: tuple[_Stream, ...], digits: list[ByteArray], patches: ByteArray
+) -> list[Packed]:
+    planes = patches.reshape(2, 2, -1).transpose(0, 2, 1).copy()
+    gaps, values = planes[0].view("<u2").reshape(-1), planes[1].view("<i2").reshape(-1)
+    packed, start = [], 0
+    for s, data in zip(streams, digits, strict=True):
+        part = slice(start, start + s.n_patches)
+        packed.append(Packed(s.width, s.count, data, gaps[part], values[part]))
+        start += s.n_patches
+    return packed
+
+
+_thread = threading.local()  # zstd contexts are not for two threads at once
+
+
+def _compress(data: ByteArray) -> bytes:
+    if not len(data):
+        return b""
+    if not hasattr(_thread, "compressor"):
+        _thread.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=False)
+    return bytes(_thread.compressor.compress(np.ascontiguousarray(data)))
+
+
+def _decompress(frame: memoryview, size: int) -> ByteArray:
+    """Decompress a frame that must hold ``size`` bytes; its own claim is checked first."""
+    if not size and not len(frame):
+        return np.zeros(0, np.uint8)
+    if not hasattr(_thread, "decompressor"):
+        _thread.decompressor = zstandard.ZstdDecompressor()
+    try:
+        claimed = zstandard.frame_content_size(frame)
+        data = _thread.decompressor.decompress(frame) if claimed == size else b""
+    except zstandard.ZstdError as error:
+        raise RefusedError(f"a level holds a damaged zstd frame: {error}") from error
+    if len(data) != size:
+        raise RefusedError(f"a level holds a zstd frame of {claimed} bytes where {size} belong")
+    return np.frombuffer(data, np.uint8)
