@@ -20,14 +20,14 @@ FOLDERS = ("edgekit", "devices", "exporters", "kernels")
 # A package is one name: its modules may import each other.
 LAYERS = (
     {"errors"},
-    {"kernels", "progress", "safetensors_header", "sizes", "spool", "stack"},
-    {"arch_table", "checkpoint", "codecs", "devices", "disk", "exporters"},
-    {"arch_config", "encode", "imatrix", "llama", "manifest"},
-    {"arch", "calibration", "evaluate", "manifest_reader"},
+    {"kernels", "progress", "safetensors_header", "samples", "sizes", "spool", "stack"},
+    {"checkpoint", "codecs", "devices", "disk", "exporters"},
+    {"arch", "encode", "imatrix", "llama", "manifest"},
+    {"calibration", "evaluate", "manifest_reader"},
     {"artifact"},
     {"planner"},
     {"assembly", "measure", "model_card", "plan", "publish"},
-    {"convert", "loader", "materialize", "report"},
+    {"convert", "inspect", "loader", "materialize", "report"},
     {"cli"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
