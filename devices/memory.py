@@ -1,6 +1,7 @@
 """How much memory is free: what the system has available, or what a control group leaves, whichever is less.
 
-Swap never counts. Linux limits of control groups v1 and v2 hold for nested groups: every level up to the root is asked.
+Swap never counts. Linux limits of control groups v1 and v2 hold for nested groups: every level up
+to the root is asked.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,9 @@ class FreeMemory:
     source: str
 
 
-def free_memory(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> FreeMemory:
+def free_memory(
+    root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")
+) -> FreeMemory:
     """The least of the system's available memory and the room in every control group of this process."""
     candidates = [FreeMemory(psutil.virtual_memory().available, "available memory")]
     candidates += _groups(root, membership)
@@ -41,7 +44,9 @@ def _groups(root: Path, membership: Path) -> Iterator[FreeMemory]:
             yield from _walk(root / "memory", path, *names)
 
 
-def _walk(mount: Path, path: str, limit_name: str, use_name: str, cache_key: str) -> Iterator[FreeMemory]:
+def _walk(
+    mount: Path, path: str, limit_name: str, use_name: str, cache_key: str
+) -> Iterator[FreeMemory]:
     group = mount / path.lstrip("/")
     for folder in (group, *group.parents):
         limit, use = _number(folder / limit_name), _number(folder / use_name)

@@ -1,7 +1,7 @@
 """An artifact on disk, opened for reading: nothing leaves here before its hash was checked.
 
-``.levels`` may end anywhere: levels that are not whole are ignored and everything before them works, so half a
-download is a valid model.
+``.levels`` may end anywhere: levels that are not whole are ignored and everything before them
+works, so half a download is a valid model.
 """
 
 import hashlib
@@ -30,7 +30,9 @@ def open_artifact(folder: Path) -> "Artifact":
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        raise UsageError(f"{folder} holds no {MANIFEST_NAME}; make an artifact with: edgekit convert")
+        raise UsageError(
+            f"{folder} holds no {MANIFEST_NAME}; make an artifact with: edgekit convert"
+        )
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise RefusedError(f"{path} has {path.stat().st_size} bytes, more than any manifest")
     return Artifact(folder, loads(path.read_bytes()))
@@ -62,7 +64,10 @@ class Artifact:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Close the mappings."""
         self.close()
@@ -92,7 +97,9 @@ class Artifact:
             RefusedError: The bytes do not have the hash that the manifest gives.
         """
         part = level.parts[expert]
-        view = memoryview(self._base if level.parent is None else self._levels)[part.offset : part.end]
+        view = memoryview(self._base if level.parent is None else self._levels)[
+            part.offset : part.end
+        ]
         if part not in self._checked:
             if hashlib.sha256(view).hexdigest() != part.sha256:
                 raise RefusedError(
@@ -134,7 +141,9 @@ class Artifact:
             for tensor, offset in zip(header.tensors, offsets, strict=True)
         ]
         if found != [_base_row(stack) for stack in self.manifest.stacks]:
-            raise RefusedError(f"{record.name} holds other tensors than {MANIFEST_NAME} tells; refused")
+            raise RefusedError(
+                f"{record.name} holds other tensors than {MANIFEST_NAME} tells; refused"
+            )
         return header
 
 

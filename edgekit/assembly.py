@@ -1,6 +1,7 @@
 """A GGUF at chosen depths that exists nowhere: its bytes are decoded from the artifact as they are asked for.
 
-``materialize`` writes one to a file, the loader hands one to llama.cpp. Nothing is held but the chunks being decoded.
+``materialize`` writes one to a file, the loader hands one to llama.cpp. Nothing is held but the
+chunks being decoded.
 """
 
 from bisect import bisect_right
@@ -19,7 +20,8 @@ from edgekit.artifact import Artifact
 from edgekit.codecs import CODECS
 from edgekit.codecs.chunks import row_ranges, split_frames
 from edgekit.exporters.file_types import file_type
-from edgekit.exporters.gguf import TensorInfo, header_bytes, padded, tensor_offsets, u32
+from edgekit.exporters.gguf import Gguf, TensorInfo, header_bytes, padded
+from edgekit.exporters.gguf_values import u32
 from edgekit.kernels.ggml import row_bytes
 from edgekit.planner import Depths
 from edgekit.stack import Level, Stack
@@ -42,15 +44,13 @@ class Assembly:
 
     Attributes:
         size: Bytes of the whole file.
-        tensors: Name, type and shape of every tensor, in file order.
+        gguf: Its header.
     """
 
     def __init__(self, artifact: Artifact, depths: Depths, n_threads: int = 1) -> None:
         """Lay the file out; decodes nothing yet."""
         self._artifact, self._depths, self._n_threads = artifact, depths, n_threads
-        self.tensors = tuple(
-            TensorInfo(s.name, s.type_at(depths.tier(s.name)), s.shape) for s in artifact.stacks
-        )
+        self.gguf, self._head = self._header()
         self._payloads = lru_cache(maxsize=64)(self._split)
         self._pieces = list(self._lay_out())
         self._offsets = [piece.offset for piece in self._pieces]
@@ -97,23 +97,24 @@ class Assembly:
                     self._artifact.release()
 
     def _lay_out(self) -> Iterator[Piece]:
-        head = self._header()
-        yield Piece(0, len(head), lambda: head)
-        alignment, at = self._artifact.header.alignment, len(head)
-        starts = tensor_offsets(self.tensors, alignment)
-        for stack, info, start in zip(self._artifact.stacks, self.tensors, starts, strict=True):
-            if at < len(head) + start:
-                yield Piece(at, len(head) + start - at, partial(bytes, len(head) + start - at))
-            yield from self._chunks(stack, len(head) + start)
-            at = len(head) + start + info.n_bytes
-        end = padded(at, alignment)
-        if end > at:
-            yield Piece(at, end - at, partial(bytes, end - at))
+        head, at = self._head, len(self._head)
+        yield Piece(0, at, lambda: head)
+        for stack, info in zip(self._artifact.stacks, self.gguf.tensors, strict=True):
+            yield from self._chunks(stack, at)
+            end = padded(at + info.n_bytes, self.gguf.alignment)
+            gap, at = end - at - info.n_bytes, end
+            if gap:
+                yield Piece(end - gap, gap, partial(bytes, gap))
 
-    def _header(self) -> bytes:
-        metadata = dict(self._artifact.header.metadata)
-        metadata["general.file_type"] = u32(file_type(self.tensors))
-        return header_bytes(metadata, self.tensors)
+    def _header(self) -> tuple[Gguf, bytes]:
+        base = self._artifact.header
+        tensors = tuple(
+            TensorInfo(s.name, s.type_at(self._depths.tier(s.name)), s.shape)
+            for s in self._artifact.stacks
+        )
+        metadata = base.metadata | {"general.file_type": u32(file_type(tensors))}
+        head = header_bytes(metadata, tensors)
+        return Gguf(metadata, tensors, base.alignment, len(head)), head
 
     def _chunks(self, stack: Stack, at: int) -> Iterator[Piece]:
         tier = self._depths.tier(stack.name)

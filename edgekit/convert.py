@@ -1,7 +1,8 @@
 """``edgekit convert``: a checkpoint becomes one artifact that runs at every budget.
 
-Stages, each resumable: read the checkpoint -> statistics -> encode every tensor into the spool -> write base, levels and
-manifest -> measure -> one rename. Nothing stands under the final name before all of it is whole.
+Stages, each resumable: read the checkpoint -> statistics -> encode every tensor into the spool ->
+write base, levels and manifest -> measure -> one rename. Nothing stands under the final name before
+all of it is whole.
 """
 
 import hashlib
@@ -15,18 +16,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgekit import __version__
 from edgekit.arch import Mapping, SourceTensor, map_checkpoint
 from edgekit.artifact import open_artifact
 from edgekit.checkpoint import Checkpoint
-from edgekit.codecs import CODECS
 from edgekit.codecs.chunks import CHUNK_WEIGHTS
 from edgekit.codecs.nested import CHILDREN
 from edgekit.disk import disk_full_reported, require_free
 from edgekit.encode import Job, chain_of, encode_tensor
-from edgekit.errors import RefusedError, UnknownNameError, UsageError
+from edgekit.errors import UnknownNameError, UsageError
 from edgekit.exporters.gguf_values import Value
 from edgekit.exporters.template_notice import template_notice
 from edgekit.exporters.tokenizer import tokenizer_metadata
@@ -35,14 +33,16 @@ from edgekit.kernels.ggml import TYPES, row_bytes
 from edgekit.manifest import FileRecord, Json, Manifest
 from edgekit.measure import measure
 from edgekit.model_card import write_model_card
-from edgekit.planner import tier_at, uniform
+from edgekit.planner import resident_bytes, tier_at, uniform
 from edgekit.progress import Progress
 from edgekit.publish import Encoded, move_into_place, publish, write_manifest
 from edgekit.spool import Spool
-from edgekit.stack import SOURCE
+from edgekit.stack import SOURCE, Level, Part, Stack
 
 DEFAULT_TIERS = ("Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0", SOURCE)
-SHARE_OF_SOURCE = 1.02  # an artifact takes about 0.95 of a BF16 checkpoint; widened tensors take more
+SHARE_OF_SOURCE = (
+    1.02  # an artifact takes about 0.95 of a BF16 checkpoint; widened tensors take more
+)
 IMATRIX_NAME = "imatrix.gguf"
 
 
@@ -56,6 +56,7 @@ class Options:
         calibration: Text to calibrate on; ``None`` takes the text that edgekit ships.
         imatrix: A statistics file of llama-imatrix or edgekit to use instead of calibrating.
         statistics: False converts without any statistics.
+        save_imatrix: Where to also write the statistics, for llama-quantize.
         measure: Measure quality at a dozen budgets at the end.
         jobs: Worker threads.
         resume: Go on where the same conversion was stopped.
@@ -67,6 +68,7 @@ class Options:
     calibration: Path | None = None
     imatrix: Path | None = None
     statistics: bool = True
+    save_imatrix: Path | None = None
     measure: bool = True
     jobs: int = os.cpu_count() or 1
     resume: bool = False
@@ -157,14 +159,18 @@ class _Conversion:
 
     def run(self, command: Sequence[str]) -> None:
         """Do what is not done yet."""
-        for note in (*self.checkpoint.notes, *template_notice(self.metadata)):
+        for note in (*self.mapping.notes, *template_notice(self.metadata)):
             self.progress.note(note)
-        need = int(2 * SHARE_OF_SOURCE * self.source_bytes)  # the spool and the artifact made from it
+        need = int(
+            2 * SHARE_OF_SOURCE * self.source_bytes
+        )  # the spool and the artifact made from it
         require_free(self.output.parent, need, f"converting {self.checkpoint.folder}")
         self.spool.open(self._job(), self.options.resume)
         with ThreadPoolExecutor(1) as background:
             hashes = background.submit(_hash_files, self.checkpoint)
             imatrix = self._statistics()
+            if imatrix is not None and self.options.save_imatrix is not None:
+                write_imatrix(imatrix, self.options.save_imatrix)
             tensors = self._encode(imatrix, background)
             facts = self._facts(imatrix, hashes.result(), command)
         self._publish(tensors, facts)
@@ -172,7 +178,9 @@ class _Conversion:
     def _job(self) -> Json:
         """What must be the same for a resumed conversion to end like an undisturbed one."""
         files = [[p.name, n, p.stat().st_mtime_ns] for p, n in self.checkpoint.files.items()]
-        choices = asdict(replace(self.options, jobs=0, resume=False, force=False))
+        choices = asdict(
+            replace(self.options, jobs=0, resume=False, force=False, save_imatrix=None)
+        )
         return {
             "edgekit": __version__,
             "checkpoint": str(self.checkpoint.folder.resolve()),
@@ -217,7 +225,9 @@ class _Conversion:
         weights = imatrix.weights_for(tensor.name, n_experts, tensor.shape[-1]) if wanted else None
         return Job(self.options.tiers, self.options.codec, CHUNK_WEIGHTS, weights)
 
-    def _facts(self, imatrix: Imatrix | None, hashes: list[Json], command: Sequence[str]) -> Manifest:
+    def _facts(
+        self, imatrix: Imatrix | None, hashes: list[Json], command: Sequence[str]
+    ) -> Manifest:
         """The manifest without what depends on the files."""
         nothing = FileRecord("", 0, "")
         prefix = f"{self.mapping.architecture}."
@@ -289,7 +299,11 @@ def _hash_files(checkpoint: Checkpoint) -> list[Json]:
     rows: list[Json] = []
     for path, name in sorted(named.items(), key=lambda item: item[1]):
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+            digest = (
+                hashlib.file_digest(file, "sha256")
+                if hasattr(hashlib, "file_digest")
+                else _digest(file)
+            )
         rows.append({"name": name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()})
     return rows
 
@@ -332,22 +346,60 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
+def preview(folder: Path, output: Path, options: Options) -> Report:
+    """What `convert` would make: memory per tier to the byte, the artifact's size estimated; writes nothing."""
+    check_tiers(options.tiers)
+    checkpoint = Checkpoint.open(folder)
+    _require_free_name(output, options)
+    mapping = map_checkpoint(checkpoint)
+    _metadata(checkpoint, mapping)
+    stacks = [_empty_stack(tensor, options.tiers) for tensor in mapping.tensors]
+    base = sum(resident_bytes(stack, stack.tiers[0]) for stack in stacks)
+    source = sum(checkpoint.files.values())
+    return Report(
+        artifact=str(output),
+        source_bytes=source,
+        base_bytes=base,
+        levels_bytes=int(SHARE_OF_SOURCE * source) - base,
+        artifact_bytes=int(SHARE_OF_SOURCE * source),
+        tiers=_tier_bytes(stacks, options.tiers),
+        n_tensors=len(stacks),
+        seconds=0.0,
+    )
+
+
+def _empty_stack(tensor: SourceTensor, tiers: Sequence[str]) -> Stack:
+    """A stack whose levels have no bytes yet."""
+    chain = chain_of(tensor, tiers)
+    parents = (None, *chain)
+    levels = (
+        Level(tensor.name, t, p, "", (Part(0, 0, ""),), 0.0)
+        for t, p in zip(chain, parents, strict=False)
+    )
+    return Stack(tensor.name, tensor.shape, tensor.source_type, tuple(levels))
+
+
+def _tier_bytes(stacks: Sequence[Stack], tiers: Sequence[str]) -> dict[str, dict[str, float]]:
+    n_weights = sum(stack.n_weights for stack in stacks)
+    rows = {}
+    for tier in tiers:
+        n_bytes = uniform(stacks, partial(tier_at, tier=tier)).weights_bytes
+        rows[tier] = {"bytes": n_bytes, "bits_per_weight": round(8 * n_bytes / n_weights, 4)}
+    return rows
+
+
 def report_of(output: Path, started: float) -> Report:
     """The report of the artifact in ``output``, with the seconds since ``started``."""
     with open_artifact(output) as artifact:
         manifest = artifact.manifest
-    tiers = {}
-    for tier in manifest.tiers:
-        depths = uniform(manifest.stacks, partial(tier_at, tier=tier))
-        bits = 8 * depths.weights_bytes / manifest.n_parameters
-        tiers[tier] = {"bytes": depths.weights_bytes, "bits_per_weight": round(bits, 4)}
+    weights = [f["bytes"] for f in manifest.source["files"] if f["name"].endswith(".safetensors")]
     return Report(
         artifact=str(output),
-        source_bytes=sum(f["bytes"] for f in manifest.source["files"] if f["name"].endswith(".safetensors")),
+        source_bytes=sum(weights),
         base_bytes=manifest.base.n_bytes,
         levels_bytes=manifest.levels.n_bytes,
         artifact_bytes=sum(p.stat().st_size for p in output.iterdir()),
-        tiers=tiers,
+        tiers=_tier_bytes(manifest.stacks, manifest.tiers),
         n_tensors=len(manifest.stacks),
         seconds=round(time.monotonic() - started, 3),
     )

@@ -1,7 +1,8 @@
 """Encode one tensor: every tier quantized on its own by ggml, every level against the tier below.
 
-Chunks are independent, so worker threads take them (ggml, the codec and zstandard release the interpreter lock); they
-are written in order, so the result does not depend on the number of threads.
+Chunks are independent, so worker threads take them (ggml, the codec and zstandard release the
+interpreter lock); they are written in order, so the result does not depend on the number of
+threads.
 """
 
 from collections import deque
@@ -82,7 +83,9 @@ def chain_of(source: Source, tiers: Sequence[str]) -> tuple[str, ...]:
     return tuple(tier for tier in chain if tier != SOURCE) + ((SOURCE,) if SOURCE in chain else ())
 
 
-def encode_tensor(source: Source, job: Job, file: BinaryIO, pool: Executor, ahead: int) -> TensorRecord:
+def encode_tensor(
+    source: Source, job: Job, file: BinaryIO, pool: Executor, ahead: int
+) -> TensorRecord:
     """Write all levels of ``source`` to ``file``, chunk after chunk.
 
     Args:
@@ -100,7 +103,9 @@ def encode_tensor(source: Source, job: Job, file: BinaryIO, pool: Executor, ahea
     rows = int(np.prod(source.shape[:-1])) // n_experts
     ranges = row_ranges(rows, source.shape[-1], job.chunk_weights)
     tasks = (
-        partial(_encode_chunk, source, job, chain, expert, expert * rows + start, expert * rows + stop)
+        partial(
+            _encode_chunk, source, job, chain, expert, expert * rows + start, expert * rows + stop
+        )
         for expert in range(n_experts)
         for start, stop in ranges
     )
@@ -143,13 +148,17 @@ def _encode_chunk(
     blobs, errors, below = [], np.zeros(len(chain)), None
     for i, tier in enumerate(chain):
         kind = source.source_type if tier == SOURCE else tier
-        blocks = raw.reshape(-1) if tier == SOURCE else quantize(kind, weights, importance).reshape(-1)
+        blocks = (
+            raw.reshape(-1) if tier == SOURCE else quantize(kind, weights, importance).reshape(-1)
+        )
         if below is None:
             blobs.append(blocks.tobytes())
         else:
             blobs.append(frame(CODECS[job.codec].encode_chunk(below[0], kind, below[1], blocks)))
         if tier != SOURCE:
-            errors[i] = _weighted(dequantize(kind, blocks).reshape(weights.shape) - weights, importance)
+            errors[i] = _weighted(
+                dequantize(kind, blocks).reshape(weights.shape) - weights, importance
+            )
         below = kind, blocks
     return _Chunk(blobs, errors, _weighted(weights, importance))
 

@@ -35,7 +35,8 @@ class Manifest:
     Attributes:
         name: Base name of the artifact's files.
         architecture: llama.cpp's name of the architecture.
-        tiers: Tiers asked for at conversion, lowest first; narrow tensors take their fallback types.
+        tiers: Tiers asked for at conversion, lowest first; narrow tensors take their fallback
+            types.
         chunk_weights: Upper bound of weights in one independently coded chunk.
         base: The stock GGUF; ``header_bytes`` of it come before the tensor data.
         levels: The file with all levels above 0.
@@ -45,7 +46,8 @@ class Manifest:
         source: Name, licence and files (name, bytes, sha256) of the checkpoint.
         tool: Versions, command and options of the conversion.
         statistics: Where the importance of columns came from, and the unit of ``loss``.
-        quality: Measured rows ``{weights_bytes, bits_per_weight, kl_mean, ...}``, fewest bytes first.
+        quality: Measured rows ``{weights_bytes, bits_per_weight, kl_mean, ...}``, fewest bytes
+            first.
         experts: Routing metadata of mixture-of-experts models, else empty.
     """
 
@@ -79,7 +81,9 @@ class Manifest:
 
     @cached_property
     def _levels_by_key(self) -> dict[tuple[str, str], Level]:
-        return {(level.tensor, level.tier): level for stack in self.stacks for level in stack.levels}
+        return {
+            (level.tensor, level.tier): level for stack in self.stacks for level in stack.levels
+        }
 
 
 def dumps(manifest: Manifest) -> str:
@@ -124,7 +128,8 @@ def _to_json(m: Manifest) -> Json:
         "statistics": m.statistics,
         "quality": list(m.quality),
         "experts": m.experts,
-        "base": _file_json(m.base) | {"header_bytes": m.header_bytes, "header_sha256": m.header_sha256},
+        "base": _file_json(m.base)
+        | {"header_bytes": m.header_bytes, "header_sha256": m.header_sha256},
         "levels_file": _file_json(m.levels),
         "tensors": [
             {"name": s.name, "shape": list(s.shape), "source_type": s.source_type} for s in m.stacks

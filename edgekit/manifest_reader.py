@@ -1,7 +1,8 @@
 """Read ``edgekit.json`` back, as untrusted input.
 
-Every field is checked for type and range, file names must be plain names, parts lie inside their files, levels form a
-chain from level 0, load orders never put a level before its parent, and the manifest's own hash must agree.
+Every field is checked for type and range, file names must be plain names, parts lie inside their
+files, levels form a chain from level 0, load orders never put a level before its parent, and the
+manifest's own hash must agree.
 """
 
 import json
@@ -38,7 +39,9 @@ def loads(text: bytes) -> Manifest:
             f"{MANIFEST_NAME} is not valid JSON ({error}); get the artifact again"
         ) from error
     if not isinstance(body, dict) or body.get("format") != "edgekit":
-        raise RefusedError(f"{MANIFEST_NAME} is not a manifest of edgekit: it lacks format: edgekit")
+        raise RefusedError(
+            f"{MANIFEST_NAME} is not a manifest of edgekit: it lacks format: edgekit"
+        )
     if body.get("format_version") != FORMAT_VERSION:
         raise UnsupportedError(
             f"{MANIFEST_NAME} has format version {body.get('format_version')!r}, "
@@ -115,7 +118,7 @@ def _strings(values: list[object], key: str) -> list[str]:
 
 def _plain_name(name: str) -> str:
     """A name that stays in its folder: no separators, no drive, no parent, nothing hidden."""
-    if name != PurePosixPath(name).name or set(name) & set('\\/:\0') or name.startswith("."):
+    if name != PurePosixPath(name).name or set(name) & set("\\/:\0") or name.startswith("."):
         raise RefusedError(f"{MANIFEST_NAME}: '{name}' is not a plain file name; refused")
     return name
 
@@ -174,9 +177,13 @@ def _stacks(tensors: list[Json], levels: list[Level]) -> Iterator[Stack]:
         name, shape = _get(row, "name", str), tuple(_get(row, "shape", list))
         if not 1 <= len(shape) <= 3 or not all(type(n) is int and 0 < n < 1 << 40 for n in shape):
             raise RefusedError(f"{MANIFEST_NAME}: tensor {name} has shape {list(shape)}")
-        yield Stack(name, shape, _get(row, "source_type", str), _chain(name, by_tensor.pop(name, [])))
+        yield Stack(
+            name, shape, _get(row, "source_type", str), _chain(name, by_tensor.pop(name, []))
+        )
     if by_tensor:
-        raise RefusedError(f"{MANIFEST_NAME}: levels of unknown tensors: {', '.join(by_tensor)}"[:300])
+        raise RefusedError(
+            f"{MANIFEST_NAME}: levels of unknown tensors: {', '.join(by_tensor)}"[:300]
+        )
 
 
 def _chain(name: str, levels: list[Level]) -> tuple[Level, ...]:
@@ -216,7 +223,9 @@ def _check(m: Manifest) -> None:
 def _check_level(m: Manifest, stack: Stack, level: Level) -> None:
     record = m.base if level.parent is None else m.levels
     if level.end > record.n_bytes:
-        raise RefusedError(f"{MANIFEST_NAME}: level {level.tier} of {level.tensor} ends after {record.name}")
+        raise RefusedError(
+            f"{MANIFEST_NAME}: level {level.tier} of {level.tensor} ends after {record.name}"
+        )
     if len(level.parts) != stack.n_experts:
         raise RefusedError(
             f"{MANIFEST_NAME}: level {level.tier} of {level.tensor} has {len(level.parts)} parts "

@@ -38,15 +38,16 @@ class Plan:
     """The depth of every tensor within a budget; bytes.
 
     Attributes:
-        budget_bytes: What the process may hold resident; ``None`` where only the weights were limited.
+        budget_bytes: What the process may hold resident; ``None`` where only the weights were
+            limited.
         context: Tokens.
         batch: Tokens of a prompt computed at once.
         kv_type: Key of `KV_TYPES`.
         memory: Everything but weights.
         depths: Tier of every tensor.
         bits_per_weight: Of the weights in memory.
-        expected_kl: Mean KL divergence to the source, interpolated from what ``convert`` measured; ``None`` where
-            it measured nothing.
+        expected_kl: Mean KL divergence to the source, interpolated from what ``convert`` measured;
+            ``None`` where it measured nothing.
     """
 
     budget_bytes: int | None
@@ -93,10 +94,16 @@ def shape_of(architecture: str, model: Mapping[str, Any]) -> Shape:
     def number(key: str, default: int | None = None) -> int:
         value = model.get(f"{architecture}.{key}", default)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise RefusedError(f"edgekit.json: model field {architecture}.{key} is {value!r}, needs a count")
+            raise RefusedError(
+                f"edgekit.json: model field {architecture}.{key} is {value!r}, needs a count"
+            )
         return value
 
-    layers, width, heads = number("block_count"), number("embedding_length"), number("attention.head_count")
+    layers, width, heads = (
+        number("block_count"),
+        number("embedding_length"),
+        number("attention.head_count"),
+    )
     kv_heads = model.get(f"{architecture}.attention.head_count_kv", heads)
     per_layer = kv_heads if isinstance(kv_heads, list) else [kv_heads] * layers
     head_k = number("attention.key_length", width // heads)
@@ -119,12 +126,15 @@ def _widest(value: object) -> int:
 def memory_of(shape: Shape, context: int, kv_type: str, batch: int = DEFAULT_BATCH) -> Memory:
     """KV cache by its formula, compute buffers by an upper bound, the process by measurement.
 
-    The compute bound counts one batch of logits and of the widest layer's activations in float32; llama.cpp
-    reuses buffers and stays below it.
+    The compute bound counts one batch of logits and of the widest layer's activations in float32;
+    llama.cpp reuses buffers and stays below it.
     """
     if kv_type not in KV_TYPES:
         raise UsageError(f"KV type '{kv_type}' is unknown; choose {', '.join(KV_TYPES)}")
-    kind, cells = KV_TYPES[kv_type], -(-context // 256) * 256  # llama.cpp pads the cache to 256 cells
+    kind, cells = (
+        KV_TYPES[kv_type],
+        -(-context // 256) * 256,
+    )  # llama.cpp pads the cache to 256 cells
     kv = sum(cells * (_kv_bytes(kind, k) + _kv_bytes(kind, v)) for k, v in shape.kv_elements)
     tokens = min(batch, context)
     compute = 4 * tokens * (shape.vocab + shape.width) + 8 * cells * tokens
@@ -152,7 +162,9 @@ def plan_budget(
         batch //= 2
         memory = memory_of(shape, n_tokens, kv_type, batch)
     if lowest + memory.total > budget_bytes:
-        raise DoesNotFitError(_too_small(shape, lowest, memory, budget_bytes, n_tokens, kv_type, batch))
+        raise DoesNotFitError(
+            _too_small(shape, lowest, memory, budget_bytes, n_tokens, kv_type, batch)
+        )
     order = artifact.order(artifact.manifest.resident_order)
     depths = fill(artifact.stacks, order, budget_bytes - memory.total)
     return _plan(artifact, depths, memory, budget_bytes, n_tokens, batch, kv_type)
@@ -242,7 +254,11 @@ def expected_kl(quality: Sequence[Json], weights_bytes: int) -> float | None:
 def plan_json(artifact: Artifact, plan: Plan) -> Json:
     """The plan as one JSON object; sizes in bytes."""
     tensors = [
-        {"name": s.name, "tier": plan.depths.tier(s.name), "bytes": resident_bytes(s, plan.depths.tier(s.name))}
+        {
+            "name": s.name,
+            "tier": plan.depths.tier(s.name),
+            "bytes": resident_bytes(s, plan.depths.tier(s.name)),
+        }
         for s in artifact.stacks
     ]
     return {
@@ -260,5 +276,3 @@ def plan_json(artifact: Artifact, plan: Plan) -> Json:
         "expected_kl": plan.expected_kl,
         "tensors": tensors,
     }
-
-

@@ -1,8 +1,9 @@
 """Load orders and plans: which levels to load first, and what a budget buys.
 
-A load order is greedy on the lower convex hull of (bytes, loss) of every tensor: the next step is always the one that
-lowers the loss most per byte. On hulls, greedy is the Lagrangian optimum at every budget it reaches exactly
-(Shoham & Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE Trans. ASSP 1988).
+A load order is greedy on the lower convex hull of (bytes, loss) of every tensor: the next step is
+always the one that lowers the loss most per byte. On hulls, greedy is the Lagrangian optimum at
+every budget it reaches exactly (Shoham & Gersho, "Efficient bit allocation for an arbitrary set of
+quantizers", IEEE Trans. ASSP 1988).
 """
 
 import heapq
@@ -59,7 +60,9 @@ def hull_steps(stack: Stack, level_bytes: LevelBytes) -> Iterator[Step]:
     while at < len(costs) - 1:
         ahead = range(at + 1, len(costs))
         best = max(ahead, key=lambda d: (_slope(costs, losses, at, d), -d))
-        yield Step(costs[best] - costs[at], losses[at] - losses[best], stack.levels[at + 1 : best + 1])
+        yield Step(
+            costs[best] - costs[at], losses[at] - losses[best], stack.levels[at + 1 : best + 1]
+        )
         at = best
 
 
@@ -104,7 +107,8 @@ class Depths:
 def tier_at(stack: Stack, tier: str) -> str:
     """The tier this stack has when the whole model is asked for ``tier``.
 
-    Narrow rows have the type that llama-quantize falls back to, and what is never quantized has its one tier.
+    Narrow rows have the type that llama-quantize falls back to, and what is never quantized has its
+    one tier.
 
     Raises:
         UsageError: The chain was converted without that tier, or its levels are not all here.
@@ -127,8 +131,8 @@ def uniform(stacks: Sequence[Stack], tier_of: Callable[[Stack], str]) -> Depths:
 def fill(stacks: Sequence[Stack], order: Order, weights_bytes: int) -> Depths:
     """The depths that ``order`` reaches within ``weights_bytes`` of memory for weights.
 
-    Levels that no longer fit are passed over, together with those that stand on them; a later, smaller level of
-    another tensor may still fit.
+    Levels that no longer fit are passed over, together with those that stand on them; a later,
+    smaller level of another tensor may still fit.
 
     Raises:
         DoesNotFitError: Not even level 0 of every tensor fits.

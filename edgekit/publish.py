@@ -11,8 +11,8 @@ from typing import BinaryIO
 
 from edgekit.artifact import align
 from edgekit.exporters.file_types import file_type
-from edgekit.exporters.gguf import TensorInfo, header_bytes, padded, tensor_offsets, u32
-from edgekit.exporters.gguf_values import Value
+from edgekit.exporters.gguf import TensorInfo, header_bytes, padded, tensor_offsets
+from edgekit.exporters.gguf_values import Value, u32
 from edgekit.manifest import MANIFEST_NAME, FileRecord, Manifest, dumps
 from edgekit.planner import load_order, resident_step, stored_step
 from edgekit.spool import Spool, TensorRecord, write_atomically
@@ -52,7 +52,10 @@ class HashingWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Sync and close."""
         try:
@@ -87,7 +90,11 @@ class HashingWriter:
 
 
 def publish(
-    spool: Spool, folder: Path, tensors: Sequence[Encoded], metadata: dict[str, Value], facts: Manifest
+    spool: Spool,
+    folder: Path,
+    tensors: Sequence[Encoded],
+    metadata: dict[str, Value],
+    facts: Manifest,
 ) -> Manifest:
     """Write base and ``.levels`` into ``folder`` from the spool and return the manifest with all of it.
 

@@ -1,7 +1,8 @@
 """The working folder of a conversion: what is done survives a kill, and ``--resume`` goes on from there.
 
-One file per tensor with all its levels, chunk after chunk, and one JSON record that is written last, atomically: a tensor
-is done exactly when its record is there. A job file ties the folder to one conversion: same checkpoint, same options.
+One file per tensor with all its levels, chunk after chunk, and one JSON record that is written
+last, atomically: a tensor is done exactly when its record is there. A job file ties the folder to
+one conversion: same checkpoint, same options.
 """
 
 import json

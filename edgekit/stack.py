@@ -1,7 +1,7 @@
 """The type that flows through edgekit: a tensor as a stack of levels.
 
-A *level* holds the bytes that lift a tensor from one tier to the next; level 0 stands alone. The *depth* of a
-tensor is how many of its levels are loaded. The bytes themselves stay in their files.
+A *level* holds the bytes that lift a tensor from one tier to the next; level 0 stands alone. The
+*depth* of a tensor is how many of its levels are loaded. The bytes themselves stay in their files.
 """
 
 from dataclasses import dataclass, field
@@ -35,7 +35,8 @@ class Level:
         parent: Tier this level needs, ``None`` for level 0, which lies in the base GGUF.
         codec: Codec that wrote the parts; ``ggml`` for level 0 (plain blocks).
         parts: One part, or one per expert, in file order.
-        loss: Loss of quality left at this tier; 0 at ``source``. Unit: see the manifest's ``sensitivity``.
+        loss: Loss of quality left at this tier; 0 at ``source``. Unit: see the manifest's
+            ``sensitivity``.
     """
 
     tensor: str

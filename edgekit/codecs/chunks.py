@@ -1,8 +1,9 @@
 """How a tensor is cut into independently coded chunks, and how a level's chunks lie in its part.
 
-A chunk is whole rows of one expert, at most ``chunk_weights`` weights (one row at least). A part is its chunks one after
-the other, each with its length in front: ``uint32 little-endian n_bytes, payload``. The cuts follow from the shape alone,
-so all levels of a tensor are cut alike and any chunk can be decoded without the others.
+A chunk is whole rows of one expert, at most ``chunk_weights`` weights (one row at least). A part is
+its chunks one after the other, each with its length in front: ``uint32 little-endian n_bytes,
+payload``. The cuts follow from the shape alone, so all levels of a tensor are cut alike and any
+chunk can be decoded without the others.
 """
 
 import struct

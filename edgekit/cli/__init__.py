@@ -1,0 +1,67 @@
+"""The command line: parse, call the library, print."""
+
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from edgekit import __version__
+from edgekit.cli.convert import convert
+from edgekit.cli.evaluate import evaluate
+from edgekit.cli.inspect import inspect, verify
+from edgekit.cli.materialize import materialize
+from edgekit.cli.plan import plan
+from edgekit.cli.run import run
+from edgekit.errors import EdgekitError
+
+
+class _Group(click.Group):
+    """The one place where errors become exit codes."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgekitError as error:
+            _fail(str(error), error.exit_code)
+        except BrokenPipeError:  # the reader of our output went away
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(1)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            _fail(f"{type(error).__name__}: {error}; this is a bug, please report it with -v", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    if _verbose():
+        traceback.print_exc()
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    raise click.exceptions.Exit(code)
+
+
+def _verbose() -> bool:
+    return bool({"-v", "--verbose"} & set(sys.argv))
+
+
+@click.group(
+    cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(__version__, prog_name="edgekit")
+def main() -> None:
+    """Convert a language model once, run it at every memory budget.
+
+    \b
+        edgekit convert ./Llama-3.2-1B -o llama-edge
+        edgekit plan llama-edge --budget 1.2GiB
+        edgekit run llama-edge --budget 1.2GiB -p "Hello"
+        edgekit materialize llama-edge --tier Q4_K -o phone.gguf
+
+    Sizes are read as 900MB, 900MiB or 1.2G. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 does not
+    fit in memory, 4 not enough disk, 5 refused: unsafe or corrupt input.
+    """
+
+
+for command in (convert, plan, run, materialize, evaluate, inspect, verify):
+    main.add_command(command)

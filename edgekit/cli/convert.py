@@ -1,0 +1,109 @@
+"""``edgekit convert``."""
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from edgekit.cli import options
+from edgekit.cli.console import note, print_json, print_table, progress_bars
+from edgekit.errors import UsageError
+from edgekit.sizes import format_size
+
+
+@click.command()
+@click.argument("checkpoint", type=options.FOLDER)
+@click.option(
+    "-o", "--output", type=options.NEW_PATH, required=True, help="Folder of the artifact."
+)
+@click.option(
+    "--tiers", default="Q2_K,Q3_K,Q4_K,Q6_K,Q8_0,source", show_default=True, help="Lowest first."
+)
+@click.option("--codec", type=click.Choice(["nested"]), default="nested", show_default=True)
+@click.option(
+    "--calibration",
+    type=options.FILE,
+    help="Text to calibrate on; default: a text that ships with edgekit.",
+)
+@click.option(
+    "--imatrix", type=options.FILE, help="Use this importance matrix (llama-imatrix or edgekit)."
+)
+@click.option("--no-calibration", is_flag=True, help="Use no statistics at all.")
+@click.option(
+    "--save-imatrix",
+    type=options.NEW_PATH,
+    help="Also write the importance matrix, for llama-quantize.",
+)
+@click.option(
+    "--no-measure", is_flag=True, help="Do not measure quality at a dozen budgets at the end."
+)
+@click.option(
+    "--jobs", type=click.IntRange(1, 256), default=os.cpu_count(), show_default="all cores"
+)
+@click.option("--resume", is_flag=True, help="Go on with the same conversion where it was stopped.")
+@options.force
+@options.dry_run
+@options.as_json
+@options.verbose
+def convert(
+    checkpoint: Path,
+    output: Path,
+    tiers: str,
+    codec: str,
+    calibration: Path | None,
+    imatrix: Path | None,
+    no_calibration: bool,
+    save_imatrix: Path | None,
+    no_measure: bool,
+    jobs: int,
+    resume: bool,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Convert the Hugging Face folder CHECKPOINT into one artifact for every budget.
+
+    \b
+        edgekit convert ./Llama-3.2-1B -o llama-edge
+        edgekit convert ./Llama-3.2-1B -o llama-edge --tiers Q4_K,Q8_0,source --no-calibration
+    """
+    from edgekit.convert import Options, convert, preview
+
+    if sum((calibration is not None, imatrix is not None, no_calibration)) > 1:
+        raise UsageError(
+            "--calibration, --imatrix and --no-calibration exclude each other; give one"
+        )
+    chosen = Options(
+        tiers=tuple(tiers.replace(" ", "").split(",")),
+        codec=codec,
+        calibration=calibration,
+        imatrix=imatrix,
+        statistics=not no_calibration,
+        save_imatrix=save_imatrix,
+        measure=not no_measure,
+        jobs=jobs,
+        resume=resume,
+        force=force,
+    )
+    with progress_bars() as progress:
+        if dry_run:
+            report = preview(checkpoint, output, chosen)
+        else:
+            report = convert(checkpoint, output, chosen, progress, ["edgekit", *sys.argv[1:]])
+    if as_json:
+        print_json(asdict(report))
+        return
+    rows = [
+        (tier, format_size(row["bytes"]), f"{row['bits_per_weight']:.2f}")
+        for tier, row in report.tiers.items()
+    ]
+    print_table("Weights in memory", ("tier", "bytes", "bits per weight"), rows)
+    share = report.artifact_bytes / report.source_bytes
+    verb = "would be" if dry_run else "is"
+    note(
+        f"{report.artifact} {verb} {format_size(report.artifact_bytes)}, {share:.3f} x the checkpoint's "
+        f"{format_size(report.source_bytes)}; {report.seconds:.1f} s"
+    )

@@ -1,0 +1,80 @@
+"""``edgekit materialize``: write the GGUF of a plan, an ordinary file for any llama.cpp app."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgekit.artifact import Artifact
+from edgekit.assembly import Assembly
+from edgekit.disk import disk_full_reported, require_free
+from edgekit.errors import UsageError
+from edgekit.planner import Depths
+
+
+@dataclass(frozen=True)
+class Materialized:
+    """The file written; ``tensors`` as ``{name, tier}``."""
+
+    path: str
+    bytes: int
+    seconds: float
+    tensors: tuple[dict[str, str], ...]
+
+
+def materialize(
+    artifact: Artifact,
+    depths: Depths,
+    output: Path,
+    *,
+    force: bool = False,
+    n_threads: int | None = None,
+) -> Materialized:
+    """Write the GGUF of ``artifact`` at ``depths`` to ``output``, under a temporary name until it is whole.
+
+    Raises:
+        UsageError: ``output`` exists and force is off, or is no place for a file.
+        DiskFullError: There is not enough room.
+        RefusedError: A level is corrupt.
+    """
+    started = time.monotonic()
+    check_output(output, force)
+    assembly = Assembly(artifact, depths, n_threads or os.cpu_count() or 1)
+    require_free(output.parent, assembly.size, f"writing {output}")
+    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        with disk_full_reported(f"writing {output}", "make room and repeat"):
+            with os.fdopen(os.open(partial, flags, 0o644), "wb") as file:
+                assembly.write_to(file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    seconds = round(time.monotonic() - started, 3)
+    return Materialized(str(output), assembly.size, seconds, _tensors(artifact, depths))
+
+
+def preview(artifact: Artifact, depths: Depths, output: Path) -> Materialized:
+    """What `materialize` would write, to the byte; writes nothing."""
+    size = Assembly(artifact, depths).size
+    return Materialized(str(output), size, 0.0, _tensors(artifact, depths))
+
+
+def _tensors(artifact: Artifact, depths: Depths) -> tuple[dict[str, str], ...]:
+    return tuple({"name": s.name, "tier": depths.tier(s.name)} for s in artifact.stacks)
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Check that ``output`` may be written.
+
+    Raises:
+        UsageError: It exists and force is off, it is a folder or a link, or its folder is missing.
+    """
+    if output.is_dir() or output.is_symlink():
+        raise UsageError(f"{output} is a folder or a link; give the name of a file with -o")
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists; choose another -o, or replace it with --force")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"{output.parent} is no folder; make it first, or choose another -o")

@@ -1,0 +1,94 @@
+"""The artifact's README.md: source, licence, what each budget buys, how to run."""
+
+from pathlib import Path
+
+from edgekit.manifest import Json, Manifest
+from edgekit.planner import tier_at, uniform
+from edgekit.sizes import format_size
+from edgekit.spool import write_atomically
+
+
+def write_model_card(folder: Path, manifest: Manifest) -> None:
+    """Write ``README.md`` into ``folder``."""
+    write_atomically(folder / "README.md", model_card(manifest).encode())
+
+
+def model_card(m: Manifest) -> str:
+    """The text of the model card, Markdown with the front matter of the Hugging Face hub."""
+    licence = m.source.get("license")
+    front = [
+        "---",
+        *([f"license: {licence}"] if licence else []),
+        "library_name: edgekit",
+        "tags: [gguf, edgekit]",
+        "---",
+    ]
+    return "\n".join([*front, "", *_what(m), "", *_budgets(m), "", *_use(m), "", *_origin(m), ""])
+
+
+def _what(m: Manifest) -> list[str]:
+    return [
+        f"# {m.name}",
+        "",
+        f"{m.n_parameters / 1e6:.1f} M parameters, architecture `{m.architecture}`, converted once by edgekit for every",
+        f"memory budget. `{m.base.name}` is an ordinary GGUF that any llama.cpp app opens; `{m.levels.name}` holds the",
+        f"levels that lift its tensors through {', '.join(m.tiers)}.",
+    ]
+
+
+def _budgets(m: Manifest) -> list[str]:
+    rows = [
+        "## What a budget buys",
+        "",
+        "| every tensor at | weights in memory | bits per weight |",
+        "|---|---|---|",
+    ]
+    for tier in m.tiers:
+        size = uniform(m.stacks, lambda s, tier=tier: tier_at(s, tier)).weights_bytes
+        rows.append(f"| {tier} | {format_size(size)} | {8 * size / m.n_parameters:.2f} |")
+    if not m.quality:
+        return [*rows, "", "Quality was not measured at conversion."]
+    rows += [
+        "",
+        f"Mixed depths, measured on {m.quality[0]['n_tokens']} tokens of held-out text against the highest depth:",
+        "",
+    ]
+    rows += [
+        "| weights in memory | bits per weight | KL | perplexity | same top token |",
+        "|---|---|---|---|---|",
+    ]
+    return rows + [_quality_row(row) for row in m.quality]
+
+
+def _quality_row(row: Json) -> str:
+    return (
+        f"| {format_size(row['weights_bytes'])} | {row['bits_per_weight']:.2f} | {row['kl_mean']:.4g} "
+        f"| {row['ppl']:.4g} | {row['top1_agreement']:.1%} |"
+    )
+
+
+def _use(m: Manifest) -> list[str]:
+    return [
+        "## How to run",
+        "",
+        '    edgekit run . --budget auto -p "Hello"',
+        f"    edgekit materialize . --tier {m.tiers[0]} -o model.gguf",
+    ]
+
+
+def _origin(m: Manifest) -> list[str]:
+    files = [
+        f"- `{f['name']}`, {f['bytes']} bytes, sha256 `{f['sha256']}`"
+        for f in m.source.get("files", [])
+    ]
+    statistics = (
+        "an importance matrix" if m.statistics.get("kind") == "imatrix" else "no importance matrix"
+    )
+    return [
+        "## Where it comes from",
+        "",
+        f"Source `{m.source.get('name')}`, licence {m.source.get('license') or 'not stated by the source'}; quantized with",
+        f"{statistics}; edgekit {m.tool.get('edgekit')}, llama-cpp-python {m.tool.get('llama_cpp_python')}.",
+        "",
+        *files,
+    ]
