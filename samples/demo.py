@@ -1,0 +1,68 @@
+"""The main job on a small model: convert once, look at what budgets buy, run at two of them.
+
+Run it with `make demo`. Every command is printed before it runs; the artifact stays in demo/.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE, ARTIFACT = "samples/tiny-llama", "demo/tiny-llama"
+PROMPT = "def read(path):\n"
+N_BUDGETS = 6
+
+
+def main() -> None:
+    """Convert, plan, run."""
+    begin = time.monotonic()
+    show("convert", SAMPLE, "-o", ARTIFACT, "--force")
+    show("inspect", ARTIFACT)
+    budgets = plan_budgets()
+    for budget in (budgets[0], budgets[-1]):
+        show("run", ARTIFACT, "--budget", budget, "-p", PROMPT, "-n", "48", "--temperature", "0")
+    print(f"\nThe artifact is in {ARTIFACT}; the command line is .venv/bin/edgekit. ", end="")
+    print(f"The demo took {time.monotonic() - begin:.0f} s.")
+
+
+def plan_budgets() -> list[str]:
+    """Print what budgets from the lowest to the highest depth load; return those budgets."""
+    quality = ask("inspect", ARTIFACT)["quality"]
+    roomy = ask("plan", ARTIFACT, "--budget", "64GiB")
+    rest = roomy["total_bytes"] - roomy["weights_bytes"]
+    low, high = quality[0]["weights_bytes"] + rest, roomy["total_bytes"]
+    kib = [-(-(low + (high - low) * i // (N_BUDGETS - 1)) // 1024) for i in range(N_BUDGETS)]
+    print(f"\n$ edgekit plan {ARTIFACT} --budget ...   (context {roomy['context']})\n")
+    print(f"{'budget':>10}  {'weights':>10}  {'bits per weight':>15}  {'expected KL':>11}")
+    for size in kib:
+        plan = ask("plan", ARTIFACT, "--budget", f"{size}KiB")
+        weights = f"{plan['weights_bytes'] / 2**20:.1f} MiB"
+        bits, kl = plan["bits_per_weight"], plan["expected_kl"]
+        print(f"{size / 1024:>6.1f} MiB  {weights:>10}  {bits:>15.2f}  {kl:>11.2g}")
+    return [f"{size}KiB" for size in kib]
+
+
+def show(*words: str) -> None:
+    """Print a command, then run it."""
+    print(f"\n$ edgekit {shlex.join(words)}\n", flush=True)
+    subprocess.run(command(words), check=True, cwd=ROOT)
+
+
+def ask(*words: str) -> dict[str, Any]:
+    """The JSON that a command prints."""
+    done = subprocess.run(command((*words, "--json")), check=True, cwd=ROOT, stdout=subprocess.PIPE)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def command(words: tuple[str, ...]) -> list[str]:
+    """The argument list of an edgekit command in this environment."""
+    return [str(Path(sys.executable).with_name("edgekit")), *words]
+
+
+if __name__ == "__main__":
+    main()
