@@ -122,7 +122,9 @@ def read_hyper(arch: Arch, config: Mapping[str, Any], name: str) -> Hyper:
 
 def _experts(arch: Arch, fields: Fields, sizes: dict[str, int]) -> tuple[int, int]:
     """Experts and how many a token uses; adds the feed-forward widths to ``sizes``."""
-    if arch.expert_ff != "moe_intermediate_size":
+    # with a width of their own, experts leave intermediate_size unused, but configs still have it
+    own_width = arch.expert_ff == "moe_intermediate_size"
+    if not own_width or fields.get("intermediate_size") is not None:
         sizes["ff"] = fields.integer("intermediate_size", 1, MAX_WIDTH)
         sizes["ff2"] = 2 * sizes["ff"]
     if arch.expert_ff is None:
