@@ -32,7 +32,7 @@ clean:
 	find kernels -name '*.so' -delete
 
 # torch first, without CUDA where such a build is on offer; llama-cpp-python is compiled, once.
-$(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py kernels/*.c)
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py kernels/*.c kernels/*.h)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("edgekit needs Python 3.10 or newer, $(PYTHON) is " + sys.version.split()[0] + "; run: make PYTHON=python3.11")'
 	@test -x $(BIN)/python || { echo "make: creating .venv"; $(PYTHON) -m venv .venv; }
 	@echo "make: installing $(TORCH) into .venv"

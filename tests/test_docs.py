@@ -12,6 +12,7 @@ from gguf import MODEL_ARCH_NAMES
 from edgekit import errors
 from edgekit.arch import ARCHS
 from edgekit.cli import main
+from edgekit.exporters.pretokenizers import TABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -80,6 +81,14 @@ def test_architectures_page_lists_all_of_them():
     listed = re.findall(r"^\| `(\w+)` \| `(\w+)` \| `([\w-]+)` \|", page, re.M)
     rows = [(a.model_type, a.class_name, MODEL_ARCH_NAMES[a.gguf]) for a in ARCHS.values()]
     assert listed == rows
+
+
+def test_tokenizers_page_lists_every_pre_tokenizer():
+    page = (ROOT / "docs/tokenizers.md").read_text(encoding="utf-8")
+    paragraph = re.search(r"^`gpt-2`.*?\n\n", page, re.M | re.S)
+    assert paragraph
+    known = dict.fromkeys(pre.name for row in TABLE.values() for pre in row)
+    assert re.findall(r"`([^`]+)`", paragraph[0]) == list(known)
 
 
 def test_every_command_has_a_runnable_example():

@@ -1,7 +1,11 @@
 """The wheel holds every package, and what `make` installs is pinned."""
 
+import os
 import re
+import shutil
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import check_types
@@ -12,6 +16,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
+UNBUILT = shutil.ignore_patterns("__pycache__", "*.so", "tiny-*")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -41,3 +46,31 @@ def test_everything_that_make_installs_is_pinned():
 def test_the_device_side_needs_no_torch():
     needed = {"numpy", "gguf", "llama-cpp-python", "zstandard", "psutil", "click", "rich"}
     assert names(PROJECT["project"]["dependencies"]) == needed
+
+
+def test_a_wheel_holds_the_packages_the_data_and_no_weights(tmp_path):
+    copy, out = tmp_path / "source", tmp_path / "wheel"
+    folders = check_types.FOLDERS.values()
+    for folder in folders:
+        shutil.copytree(ROOT / folder, copy / folder, ignore=UNBUILT)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy)
+    build = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, copy]
+    subprocess.run([sys.executable, *build], check=True, capture_output=True)
+    with zipfile.ZipFile(next(out.glob("*.whl"))) as wheel:
+        held = set(wheel.namelist())
+        wheel.extractall(tmp_path / "site")
+    wanted = {
+        f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}"
+        for package, folder in check_types.FOLDERS.items()
+        for pattern in ("*.py", "*.c", "*.h", "*.json", "text/*.txt")
+        for path in (ROOT / folder).rglob(pattern)
+        if "tiny-" not in str(path)
+    }
+    assert wanted - held == set()
+    assert [name for name in held if name.endswith((".safetensors", ".gguf"))] == []
+    code = "import edgekit.kernels as k, edgekit.samples; print(k.__file__)"
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True)
+    assert done.stdout.decode().startswith(str(tmp_path / "site")), done.stderr.decode()
