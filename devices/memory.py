@@ -1,5 +1,6 @@
-"""How much memory is free: what the system has available, or what a control group leaves, whichever is less.
+"""How much memory is free: the system's available memory or the room in a control group.
 
+Whichever is less counts.
 Swap never counts. Linux limits of control groups v1 and v2 hold for nested groups: every level up
 to the root is asked.
 """
@@ -25,7 +26,7 @@ class FreeMemory:
 def free_memory(
     root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")
 ) -> FreeMemory:
-    """The least of the system's available memory and the room in every control group of this process."""
+    """The least of available memory and the room in every control group of this process."""
     candidates = [FreeMemory(psutil.virtual_memory().available, "available memory")]
     candidates += _groups(root, membership)
     return min(candidates, key=lambda free: free.n_bytes)
@@ -66,7 +67,7 @@ def _number(path: Path) -> int | None:
 
 
 def _stat(path: Path, key: str) -> int:
-    """A counter of ``memory.stat``; inactive file pages can be had back at once, so they count as free."""
+    """A counter of ``memory.stat``; inactive file pages can be had back at once: they are free."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

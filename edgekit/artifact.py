@@ -103,8 +103,8 @@ class Artifact:
         if part not in self._checked:
             if hashlib.sha256(view).hexdigest() != part.sha256:
                 raise RefusedError(
-                    f"level {level.tier} of {level.tensor} in {self._record(level).name} is corrupt: "
-                    "its sha256 differs from the manifest's; get the artifact again"
+                    f"level {level.tier} of {level.tensor} in {self._record(level).name} is "
+                    "corrupt: its sha256 differs from the manifest's; get the artifact again"
                 )
             self._checked.add(part)
         return view
@@ -129,7 +129,8 @@ class Artifact:
         record, n_bytes = self.manifest.base, len(self._base)
         if n_bytes != record.n_bytes:
             raise RefusedError(
-                f"{record.name} has {n_bytes} bytes, the manifest says {record.n_bytes}; get it again"
+                f"{record.name} has {n_bytes} bytes, the manifest says {record.n_bytes}; "
+                "get it again"
             )
         head = bytes(self._base[: self.manifest.header_bytes])
         if hashlib.sha256(head).hexdigest() != self.manifest.header_sha256:
@@ -154,7 +155,7 @@ def _base_row(stack: Stack) -> tuple[str, str, tuple[int, ...], int]:
 
 
 def _map(path: Path) -> mmap.mmap | bytes:
-    """Map a file read-only; one that is empty (which cannot be mapped) or not there has no bytes."""
+    """Map a file read-only; one that is empty (not mappable) or not there has no bytes."""
     try:
         with path.open("rb") as file:
             n_bytes = os.fstat(file.fileno()).st_size
@@ -209,7 +210,10 @@ def _file_problems(artifact: Artifact) -> Iterator[str]:
             while block := file.read(1 << 20):
                 digest.update(block)
         if n_bytes > record.n_bytes:
-            yield f"{record.name} has {n_bytes} bytes, the manifest says {record.n_bytes}; get it again"
+            yield (
+                f"{record.name} has {n_bytes} bytes, the manifest says {record.n_bytes}; "
+                "get it again"
+            )
         elif n_bytes == record.n_bytes and digest.hexdigest() != record.sha256:
             yield f"{record.name} is corrupt: its sha256 differs from the manifest's; get it again"
 

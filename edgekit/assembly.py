@@ -1,4 +1,4 @@
-"""A GGUF at chosen depths that exists nowhere: its bytes are decoded from the artifact as they are asked for.
+"""A GGUF at chosen depths that exists nowhere: its bytes are decoded when they are asked for.
 
 ``materialize`` writes one to a file, the loader hands one to llama.cpp. Nothing is held but the
 chunks being decoded.
@@ -36,7 +36,7 @@ class Piece:
 
     offset: int
     n_bytes: int
-    make: Callable[[], bytes | ByteArray]
+    make: Callable[[], memoryview]
 
 
 class Assembly:
@@ -58,7 +58,7 @@ class Assembly:
         self._position, self._stream = 0, self.stream()
 
     def read(self, offset: int, n_bytes: int) -> bytes:
-        """The bytes ``[offset, offset + n_bytes)``, fewer at the end; fast when reads follow each other."""
+        """The bytes ``[offset, offset + n_bytes)``, fewer at the end; fast when read in order."""
         if offset != self._position:
             self._position, self._stream = offset, self.stream(offset)
         n_bytes = max(0, min(n_bytes, self.size - offset))
@@ -80,16 +80,16 @@ class Assembly:
             file.write(block)
 
     def stream(self, offset: int = 0) -> Iterator[memoryview]:
-        """The bytes from ``offset`` to the end, decoded a few chunks ahead on ``n_threads`` threads."""
+        """The bytes from ``offset`` to the end, decoded a few chunks ahead on the threads."""
         first = max(0, bisect_right(self._offsets, offset) - 1)
         skip = offset - self._pieces[first].offset
         with ThreadPoolExecutor(self._n_threads) as pool:
             todo = iter(self._pieces[first:])
-            ahead: deque[Future[bytes | ByteArray]] = deque()
+            ahead: deque[Future[memoryview]] = deque()
             ahead.extend(pool.submit(p.make) for p in islice(todo, 2 * self._n_threads))
             n_done = 0
             while ahead:
-                block = memoryview(ahead.popleft().result()).cast("B")
+                block = ahead.popleft().result()
                 ahead.extend(pool.submit(p.make) for p in islice(todo, 1))
                 yield block[skip:]
                 skip, n_done = 0, n_done + 1
@@ -98,13 +98,13 @@ class Assembly:
 
     def _lay_out(self) -> Iterator[Piece]:
         head, at = self._head, len(self._head)
-        yield Piece(0, at, lambda: head)
+        yield Piece(0, at, partial(_view, head))
         for stack, info in zip(self._artifact.stacks, self.gguf.tensors, strict=True):
             yield from self._chunks(stack, at)
             end = padded(at + info.n_bytes, self.gguf.alignment)
             gap, at = end - at - info.n_bytes, end
             if gap:
-                yield Piece(end - gap, gap, partial(bytes, gap))
+                yield Piece(end - gap, gap, partial(_view, bytes(gap)))
 
     def _header(self) -> tuple[Gguf, bytes]:
         base = self._artifact.header
@@ -130,7 +130,7 @@ class Assembly:
         rows = stack.n_weights // stack.cols // stack.n_experts
         return row_ranges(rows, stack.cols, self._artifact.manifest.chunk_weights)
 
-    def _decode(self, stack: Stack, depth: int, expert: int, index: int) -> ByteArray:
+    def _decode(self, stack: Stack, depth: int, expert: int, index: int) -> memoryview:
         """Decode one chunk: its level 0 blocks, lifted level by level."""
         start, stop = self._ranges(stack)[index]
         base, row = stack.levels[0], row_bytes(stack.type_at(stack.tiers[0]), stack.cols)
@@ -144,10 +144,14 @@ class Assembly:
                 self._payloads(level, expert, len(self._ranges(stack)))[index],
                 (stop - start) * stack.cols,
             )
-        return blocks
+        return blocks.data
 
     def _split(self, level: Level, expert: int, n_chunks: int) -> list[memoryview]:
         return split_frames(self._artifact.part(level, expert), n_chunks)
+
+
+def _view(data: bytes) -> memoryview:
+    return memoryview(data)
 
 
 def _chain(first: memoryview, rest: Iterator[memoryview]) -> Iterator[memoryview]:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,19 @@ from edgekit.artifact import open_artifact
 from edgekit.checkpoint import Checkpoint
 from edgekit.codecs.chunks import CHUNK_WEIGHTS
 from edgekit.codecs.nested import CHILDREN
+from edgekit.convert_report import Report, report_of, tier_bytes
 from edgekit.disk import disk_full_reported, require_free
 from edgekit.encode import Job, chain_of, encode_tensor
 from edgekit.errors import UnknownNameError, UsageError
 from edgekit.exporters.gguf_values import Value
-from edgekit.exporters.template_notice import template_notice
 from edgekit.exporters.tokenizer import tokenizer_metadata
+from edgekit.exporters.tokenizer_files import suspicious_constructs
 from edgekit.imatrix import Imatrix, read_imatrix, write_imatrix
 from edgekit.kernels.ggml import TYPES, row_bytes
 from edgekit.manifest import FileRecord, Json, Manifest
 from edgekit.measure import measure
 from edgekit.model_card import write_model_card
-from edgekit.planner import resident_bytes, tier_at, uniform
+from edgekit.planner import resident_bytes
 from edgekit.progress import Progress
 from edgekit.publish import Encoded, move_into_place, publish, write_manifest
 from edgekit.spool import Spool
@@ -75,20 +75,6 @@ class Options:
     force: bool = False
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a conversion made; sizes in bytes, ``tiers`` as resident bytes of the whole model."""
-
-    artifact: str
-    source_bytes: int
-    base_bytes: int
-    levels_bytes: int
-    artifact_bytes: int
-    tiers: dict[str, dict[str, float]]
-    n_tensors: int
-    seconds: float
-
-
 def convert(
     folder: Path, output: Path, options: Options, progress: Progress, command: Sequence[str] = ()
 ) -> Report:
@@ -127,7 +113,8 @@ def check_tiers(tiers: Sequence[str]) -> None:
     for tier in tiers[1:]:
         if tier != SOURCE and tier not in CHILDREN:
             raise UsageError(
-                f"tier {tier} can only come first in a chain; tiers above another: {', '.join(CHILDREN)}"
+                f"tier {tier} can only come first in a chain; tiers above another: "
+                f"{', '.join(CHILDREN)}"
             )
     bits = [row_bytes(tier, 256) for tier in tiers if tier != SOURCE]
     if bits != sorted(bits):
@@ -159,7 +146,7 @@ class _Conversion:
 
     def run(self, command: Sequence[str]) -> None:
         """Do what is not done yet."""
-        for note in (*self.mapping.notes, *template_notice(self.metadata)):
+        for note in (*self.mapping.notes, *_template_notes(self.metadata)):
             self.progress.note(note)
         need = int(
             2 * SHARE_OF_SOURCE * self.source_bytes
@@ -221,8 +208,9 @@ class _Conversion:
 
     def _job_of(self, tensor: SourceTensor, imatrix: Imatrix | None) -> Job:
         n_experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
-        wanted = imatrix is not None and tensor.quantizable
-        weights = imatrix.weights_for(tensor.name, n_experts, tensor.shape[-1]) if wanted else None
+        weights = None
+        if imatrix is not None and tensor.quantizable:
+            weights = imatrix.weights_for(tensor.name, n_experts, tensor.shape[-1])
         return Job(self.options.tiers, self.options.codec, CHUNK_WEIGHTS, weights)
 
     def _facts(
@@ -282,8 +270,19 @@ def _metadata(checkpoint: Checkpoint, mapping: Mapping) -> dict[str, Value]:
     return dict(mapping.metadata) | tokenizer
 
 
+def _template_notes(metadata: dict[str, Value]) -> list[str]:
+    """A line for each chat template that holds what attacks on renderers are made of."""
+    templates = [v.value for k, v in metadata.items() if k.startswith("tokenizer.chat_template")]
+    found = sorted({c for t in templates if isinstance(t, str) for c in suspicious_constructs(t)})
+    if not found:
+        return []
+    return [
+        f"the chat template contains {', '.join(found)}; it is carried verbatim, never run here"
+    ]
+
+
 def artifact_name(folder: Path) -> str:
-    """Base name of the artifact's files: the checkpoint's folder, or its repository in a Hugging Face cache."""
+    """Base name of the artifact's files: the checkpoint's folder or Hugging Face repository."""
     path = folder.resolve()
     if path.parent.name == "snapshots":
         path = Path(path.parent.parent.name.split("--")[-1])
@@ -347,7 +346,7 @@ def _plain(value: object) -> object:
 
 
 def preview(folder: Path, output: Path, options: Options) -> Report:
-    """What `convert` would make: memory per tier to the byte, the artifact's size estimated; writes nothing."""
+    """What `convert` would make: memory to the byte, the artifact's size estimated."""
     check_tiers(options.tiers)
     checkpoint = Checkpoint.open(folder)
     _require_free_name(output, options)
@@ -362,7 +361,7 @@ def preview(folder: Path, output: Path, options: Options) -> Report:
         base_bytes=base,
         levels_bytes=int(SHARE_OF_SOURCE * source) - base,
         artifact_bytes=int(SHARE_OF_SOURCE * source),
-        tiers=_tier_bytes(stacks, options.tiers),
+        tiers=tier_bytes(stacks, options.tiers),
         n_tensors=len(stacks),
         seconds=0.0,
     )
@@ -377,29 +376,3 @@ def _empty_stack(tensor: SourceTensor, tiers: Sequence[str]) -> Stack:
         for t, p in zip(chain, parents, strict=False)
     )
     return Stack(tensor.name, tensor.shape, tensor.source_type, tuple(levels))
-
-
-def _tier_bytes(stacks: Sequence[Stack], tiers: Sequence[str]) -> dict[str, dict[str, float]]:
-    n_weights = sum(stack.n_weights for stack in stacks)
-    rows = {}
-    for tier in tiers:
-        n_bytes = uniform(stacks, partial(tier_at, tier=tier)).weights_bytes
-        rows[tier] = {"bytes": n_bytes, "bits_per_weight": round(8 * n_bytes / n_weights, 4)}
-    return rows
-
-
-def report_of(output: Path, started: float) -> Report:
-    """The report of the artifact in ``output``, with the seconds since ``started``."""
-    with open_artifact(output) as artifact:
-        manifest = artifact.manifest
-    weights = [f["bytes"] for f in manifest.source["files"] if f["name"].endswith(".safetensors")]
-    return Report(
-        artifact=str(output),
-        source_bytes=sum(weights),
-        base_bytes=manifest.base.n_bytes,
-        levels_bytes=manifest.levels.n_bytes,
-        artifact_bytes=sum(p.stat().st_size for p in output.iterdir()),
-        tiers=_tier_bytes(manifest.stacks, manifest.tiers),
-        n_tensors=len(manifest.stacks),
-        seconds=round(time.monotonic() - started, 3),
-    )

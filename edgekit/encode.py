@@ -75,7 +75,7 @@ class _Chunk:
 
 
 def chain_of(source: Source, tiers: Sequence[str]) -> tuple[str, ...]:
-    """The tiers of one tensor: the asked ones, or what llama-quantize falls back to where rows are narrow."""
+    """The tiers of one tensor: the asked ones, or llama-quantize's fallbacks for narrow rows."""
     if not source.quantizable:
         return (SOURCE,)
     types = (tier if tier == SOURCE else type_for(tier, source.shape[-1]) for tier in tiers)

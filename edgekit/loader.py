@@ -18,7 +18,7 @@ from edgekit.devices.memory import free_memory
 from edgekit.llama import Context, Generation, Model, Sampling, chat_prompt, generate, open_model
 from edgekit.plan import Plan, plan_budget
 
-# left alone by --budget auto: what other programs may take while the model runs, never more than a quarter
+# left alone by --budget auto for other programs that start while the model runs; at most a quarter
 AUTO_MARGIN_BYTES = 1 << 30
 
 
@@ -50,7 +50,7 @@ class Session:
         self.model, self.context, self.plan, self.load_seconds = model, context, plan, load_seconds
 
     def generate(self, prompt: str, n: int, sampling: Sampling, *, chat: bool = True) -> Generation:
-        """Continue ``prompt``; with ``chat`` it is a user's message where the model has a chat template."""
+        """Continue ``prompt``; with ``chat``, and a chat template, it is a user's message."""
         ids = chat_prompt(self.model, [{"role": "user", "content": prompt}]) if chat else None
         return generate(self.context, ids or self.model.tokenize(prompt), n, sampling)
 
@@ -81,9 +81,12 @@ def load(
             artifact, auto_budget().n_bytes if budget is None else budget, context, kv_type
         )
         started = time.monotonic()
-        with _opened(artifact, plan) as model, Context(
-            model, plan.context, n_batch=plan.batch, kv_type=kv_type, n_threads=n_threads
-        ) as ready:
+        with (
+            _opened(artifact, plan) as model,
+            Context(
+                model, plan.context, n_batch=plan.batch, kv_type=kv_type, n_threads=n_threads
+            ) as ready,
+        ):
             artifact.release()
             yield Session(model, ready, plan, time.monotonic() - started)
 

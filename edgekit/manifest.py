@@ -87,7 +87,7 @@ class Manifest:
 
 
 def dumps(manifest: Manifest) -> str:
-    """The manifest as text, ending with its own hash; the same manifest always gives the same text."""
+    """The manifest as text, ending with its own hash; equal manifests give equal text."""
     body = _to_json(manifest)
     body["sha256"] = self_hash(body)
     return "{\n" + ",\n".join(f'"{key}": {_pretty(value)}' for key, value in body.items()) + "\n}\n"

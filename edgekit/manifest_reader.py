@@ -7,6 +7,7 @@ manifest's own hash must agree.
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
@@ -156,7 +157,7 @@ def _parts(row: Json) -> tuple[Part, ...]:
     if "experts" not in row:
         return (Part(offset, n_bytes, _hash(_get(row, "sha256", str))),)
     parts = tuple(_expert_part(item) for item in _get(row, "experts", list))
-    ordered = all(a.end <= b.offset for a, b in zip(parts, parts[1:], strict=False))
+    ordered = all(a.end <= b.offset for a, b in pairwise(parts))
     if not ordered or not parts or parts[0].offset != offset or parts[-1].end != offset + n_bytes:
         raise RefusedError(f"{MANIFEST_NAME}: the experts of {row['tensor']} do not fill its level")
     return parts

@@ -30,7 +30,7 @@ def materialize(
     force: bool = False,
     n_threads: int | None = None,
 ) -> Materialized:
-    """Write the GGUF of ``artifact`` at ``depths`` to ``output``, under a temporary name until it is whole.
+    """Write the GGUF of ``artifact`` at ``depths`` to ``output``, which appears when it is whole.
 
     Raises:
         UsageError: ``output`` exists and force is off, or is no place for a file.

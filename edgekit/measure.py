@@ -1,4 +1,4 @@
-"""Measure what budgets buy: KL divergence and perplexity against the highest depth, at a dozen sizes."""
+"""Measure what budgets buy: KL divergence and perplexity at a dozen sizes."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,7 +16,7 @@ N_TOKENS = 4096  # a dozen passes over them take minutes for a model of 1 B weig
 
 
 def measure(artifact: Artifact, progress: Progress) -> tuple[Json, ...]:
-    """Quality of the artifact on text it was not calibrated on, one row per size, fewest bytes first.
+    """Quality on text that was not calibrated on, one row per size, fewest bytes first.
 
     The reference is the highest depth of every tensor: the original values when ``source`` is among
     the tiers.

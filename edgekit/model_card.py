@@ -1,5 +1,6 @@
 """The artifact's README.md: source, licence, what each budget buys, how to run."""
 
+from functools import partial
 from pathlib import Path
 
 from edgekit.manifest import Json, Manifest
@@ -30,9 +31,10 @@ def _what(m: Manifest) -> list[str]:
     return [
         f"# {m.name}",
         "",
-        f"{m.n_parameters / 1e6:.1f} M parameters, architecture `{m.architecture}`, converted once by edgekit for every",
-        f"memory budget. `{m.base.name}` is an ordinary GGUF that any llama.cpp app opens; `{m.levels.name}` holds the",
-        f"levels that lift its tensors through {', '.join(m.tiers)}.",
+        f"{m.n_parameters / 1e6:.1f} M parameters, architecture `{m.architecture}`, converted once",
+        f"by edgekit for every memory budget. `{m.base.name}` is an ordinary GGUF that any",
+        f"llama.cpp app opens; `{m.levels.name}` holds the levels that lift its tensors through",
+        f"{', '.join(m.tiers)}.",
     ]
 
 
@@ -44,13 +46,14 @@ def _budgets(m: Manifest) -> list[str]:
         "|---|---|---|",
     ]
     for tier in m.tiers:
-        size = uniform(m.stacks, lambda s, tier=tier: tier_at(s, tier)).weights_bytes
+        size = uniform(m.stacks, partial(tier_at, tier=tier)).weights_bytes
         rows.append(f"| {tier} | {format_size(size)} | {8 * size / m.n_parameters:.2f} |")
     if not m.quality:
         return [*rows, "", "Quality was not measured at conversion."]
     rows += [
         "",
-        f"Mixed depths, measured on {m.quality[0]['n_tokens']} tokens of held-out text against the highest depth:",
+        f"Mixed depths, measured on {m.quality[0]['n_tokens']} tokens of held-out text against the",
+        "highest depth:",
         "",
     ]
     rows += [
@@ -62,8 +65,8 @@ def _budgets(m: Manifest) -> list[str]:
 
 def _quality_row(row: Json) -> str:
     return (
-        f"| {format_size(row['weights_bytes'])} | {row['bits_per_weight']:.2f} | {row['kl_mean']:.4g} "
-        f"| {row['ppl']:.4g} | {row['top1_agreement']:.1%} |"
+        f"| {format_size(row['weights_bytes'])} | {row['bits_per_weight']:.2f} "
+        f"| {row['kl_mean']:.4g} | {row['ppl']:.4g} | {row['top1_agreement']:.1%} |"
     )
 
 
@@ -77,6 +80,7 @@ def _use(m: Manifest) -> list[str]:
 
 
 def _origin(m: Manifest) -> list[str]:
+    licence = m.source.get("license") or "not stated by the source"
     files = [
         f"- `{f['name']}`, {f['bytes']} bytes, sha256 `{f['sha256']}`"
         for f in m.source.get("files", [])
@@ -87,8 +91,8 @@ def _origin(m: Manifest) -> list[str]:
     return [
         "## Where it comes from",
         "",
-        f"Source `{m.source.get('name')}`, licence {m.source.get('license') or 'not stated by the source'}; quantized with",
-        f"{statistics}; edgekit {m.tool.get('edgekit')}, llama-cpp-python {m.tool.get('llama_cpp_python')}.",
+        f"Source `{m.source.get('name')}`, licence {licence}; quantized with {statistics};",
+        f"edgekit {m.tool.get('edgekit')}, llama-cpp-python {m.tool.get('llama_cpp_python')}.",
         "",
         *files,
     ]

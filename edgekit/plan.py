@@ -15,7 +15,7 @@ from edgekit.sizes import format_size
 KV_TYPES = {"f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}  # option -> ggml type of the cache
 DEFAULT_CONTEXT = 4096  # tokens, or the model's own context when that is shorter
 DEFAULT_BATCH = 512  # tokens computed at once; llama.cpp's own default
-# Python, numpy, the command line and llama.cpp's libraries, before any model: measured on x86-64 Linux
+# Python, numpy, the command line and llama.cpp's libraries, no model; measured on x86-64 Linux
 PROCESS_BYTES = 90 << 20
 
 
@@ -118,7 +118,7 @@ def shape_of(architecture: str, model: Mapping[str, Any]) -> Shape:
     )
 
 
-def _widest(value: object) -> int:
+def _widest(value: Any) -> int:
     values = value if isinstance(value, list) else [value]
     return max(int(v) for v in values)
 

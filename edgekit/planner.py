@@ -51,7 +51,7 @@ class Step:
 
 
 def hull_steps(stack: Stack, level_bytes: LevelBytes) -> Iterator[Step]:
-    """Steps along the lower convex hull of (bytes, loss), steepest first, ending at the last level."""
+    """Steps along the lower convex hull of (bytes, loss), steepest first, up to the last level."""
     costs = [0]
     for depth in range(1, len(stack.levels)):
         costs.append(costs[-1] + level_bytes(stack, depth))
@@ -72,7 +72,7 @@ def _slope(costs: Sequence[int], losses: Sequence[float], start: int, stop: int)
 
 
 def load_order(stacks: Sequence[Stack], level_bytes: LevelBytes) -> Order:
-    """All levels above 0 of all tensors, best quality per byte first, never one before its parent."""
+    """All levels above 0, best quality per byte first, never one before its parent."""
     heap: list[tuple[float, int, Step, Iterator[Step]]] = []
     for rank, stack in enumerate(stacks):
         _push(heap, rank, hull_steps(stack, level_bytes))
@@ -142,8 +142,9 @@ def fill(stacks: Sequence[Stack], order: Order, weights_bytes: int) -> Depths:
     left = weights_bytes - uniform(stacks, lambda stack: stack.tiers[0]).weights_bytes
     if left < 0:
         raise DoesNotFitError(
-            f"weights need {format_size(weights_bytes - left)} at the lowest depth, the budget leaves them "
-            f"{format_size(max(weights_bytes, 0))}; raise the budget by {format_size(-left)}"
+            f"weights need {format_size(weights_bytes - left)} at the lowest depth, the budget "
+            f"leaves them {format_size(max(weights_bytes, 0))}; raise the budget by "
+            f"{format_size(-left)}"
         )
     for name, tier in order:
         stack = by_name[name]

@@ -1,4 +1,4 @@
-"""Turn a finished spool into an artifact: base, levels in load order, manifest, model card, then one rename."""
+"""Turn a finished spool into an artifact: base, levels in load order, manifest, one rename."""
 
 import hashlib
 import os
@@ -96,7 +96,7 @@ def publish(
     metadata: dict[str, Value],
     facts: Manifest,
 ) -> Manifest:
-    """Write base and ``.levels`` into ``folder`` from the spool and return the manifest with all of it.
+    """Write base and ``.levels`` into ``folder`` from the spool; return the whole manifest.
 
     Args:
         spool: Where the encoded tensors lie.

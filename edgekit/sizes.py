@@ -27,13 +27,12 @@ def parse_size(text: str) -> int:
 
 def format_size(n_bytes: float) -> str:
     """Write bytes in binary units with three digits or so: ``1.21 GiB``."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if abs(n_bytes) < 1024:
-            break
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while abs(n_bytes) >= 1024 and len(units) > 1:
         n_bytes /= 1024
-    else:
-        unit = "TiB"
-    return f"{n_bytes:.0f} bytes" if unit == "bytes" else f"{n_bytes:.{_digits(n_bytes)}f} {unit}"
+        del units[0]
+    digits = 0 if units[0] == "bytes" else _digits(n_bytes)
+    return f"{n_bytes:.{digits}f} {units[0]}"
 
 
 def _digits(value: float) -> int:

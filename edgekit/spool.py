@@ -1,4 +1,4 @@
-"""The working folder of a conversion: what is done survives a kill, and ``--resume`` goes on from there.
+"""The working folder of a conversion: what is done survives a kill, ``--resume`` goes on.
 
 One file per tensor with all its levels, chunk after chunk, and one JSON record that is written
 last, atomically: a tensor is done exactly when its record is there. A job file ties the folder to
@@ -52,8 +52,9 @@ class Spool:
         if resume and path.is_file():
             if json.loads(path.read_text()) != json.loads(json.dumps(job)):
                 raise UsageError(
-                    f"{self.folder} belongs to a conversion with another checkpoint or other options; "
-                    "repeat the first command with --resume, or leave --resume out to start again"
+                    f"{self.folder} belongs to a conversion with another checkpoint or other "
+                    "options; repeat the first command with --resume, or leave --resume out to "
+                    "start again"
                 )
             return
         self.remove()

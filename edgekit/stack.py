@@ -13,7 +13,7 @@ SOURCE = "source"  # the tier that gives back the original values, whatever thei
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A byte range of a file with the hash of its content; ``offset`` counts from the file's start."""
+    """A byte range of a file, ``offset`` from its start, with the hash of its content."""
 
     offset: int
     n_bytes: int
@@ -108,6 +108,6 @@ class Stack:
         """
         if tier not in self.tiers:
             raise UsageError(
-                f"{self.name} has no tier {tier}; it has {', '.join(self.tiers)}: choose one of them"
+                f"{self.name} has no tier {tier}; choose one it has: {', '.join(self.tiers)}"
             )
         return self.tiers.index(tier) + 1

@@ -26,7 +26,7 @@ LAYERS = (
     {"calibration", "manifest_reader"},
     {"artifact"},
     {"planner"},
-    {"assembly", "model_card", "plan", "publish"},
+    {"assembly", "convert_report", "model_card", "plan", "publish"},
     {"evaluate"},
     {"evaluation", "measure"},
     {"convert", "inspect", "loader", "materialize", "report"},

@@ -104,6 +104,6 @@ def convert(
     share = report.artifact_bytes / report.source_bytes
     verb = "would be" if dry_run else "is"
     note(
-        f"{report.artifact} {verb} {format_size(report.artifact_bytes)}, {share:.3f} x the checkpoint's "
-        f"{format_size(report.source_bytes)}; {report.seconds:.1f} s"
+        f"{report.artifact} {verb} {format_size(report.artifact_bytes)}, {share:.3f} x the "
+        f"checkpoint's {format_size(report.source_bytes)}; {report.seconds:.1f} s"
     )

@@ -1,6 +1,7 @@
 """``edgekit inspect`` and ``edgekit verify``."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -8,6 +9,8 @@ from edgekit.cli import options
 from edgekit.cli.console import note, print_json, print_table
 from edgekit.errors import RefusedError
 from edgekit.sizes import format_size
+
+Rows = list[tuple[object, ...]]
 
 
 @click.command()
@@ -33,8 +36,8 @@ def inspect(path: Path, as_json: bool, verbose: bool) -> None:
             print_table(name, columns, rows)
 
 
-def _tables(body: dict) -> list[tuple[str, tuple[str, ...], list[tuple[object, ...]]]]:  # type: ignore[type-arg]
-    quality = [
+def _tables(body: dict[str, Any]) -> list[tuple[str, tuple[str, ...], Rows]]:
+    quality: Rows = [
         (
             format_size(row["weights_bytes"]),
             f"{row['bits_per_weight']:.2f}",
@@ -44,7 +47,7 @@ def _tables(body: dict) -> list[tuple[str, tuple[str, ...], list[tuple[object, .
         )
         for row in body.get("quality", [])
     ]
-    levels = [
+    levels: Rows = [
         (
             row["tier"],
             row["levels"],

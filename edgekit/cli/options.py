@@ -9,7 +9,7 @@ from edgekit.errors import EdgekitError
 from edgekit.sizes import parse_size
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5
     """A number of bytes: 900MB, 900MiB, 1.2G."""
 
     name = "size"

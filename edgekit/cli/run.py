@@ -70,8 +70,9 @@ def run(
     with load(artifact, budget, context, kv_type, threads) as session:
         plan = session.plan
         note(
-            f"loaded {format_size(plan.depths.weights_bytes)} of weights at {plan.bits_per_weight:.2f} bits "
-            f"per weight in {session.load_seconds:.2f} s; total {format_size(plan.total_bytes)} planned"
+            f"loaded {format_size(plan.depths.weights_bytes)} of weights at "
+            f"{plan.bits_per_weight:.2f} bits per weight in {session.load_seconds:.2f} s; "
+            f"total {format_size(plan.total_bytes)} planned"
         )
         generation = session.generate(text, n_tokens, Sampling(temperature, seed), chat=not raw)
         pieces = []
