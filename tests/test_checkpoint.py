@@ -414,8 +414,8 @@ def test_every_truncation_of_a_sound_file_is_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
     data = path.read_bytes()
     assert read_header(path)
-    for n in range(len(data)):
-        path.write_bytes(data[:n])
+    for n in reversed(range(len(data))):
+        os.truncate(path, n)
         with pytest.raises(RefusedError):
             read_header(path)
 
@@ -440,6 +440,7 @@ def test_no_mutation_of_a_header_gives_anything_but_refusal_or_sense(folder: Pat
                     del data[at : at + rng.randint(1, 5)]
                 case 3:
                     data[at:at] = rng.choice([b"9" * 20, b'"x":', b"[[", b"null", b"-1", b"1e999"])
+        path.unlink()  # writing over it would wait for the disk
         path.write_bytes(data)
         try:
             refs = list(read_header(path).values())
