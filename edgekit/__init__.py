@@ -1,3 +1,27 @@
 """edgekit: convert a language model once, run it at every memory budget."""
 
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgekit.loader import Session
+
 __version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def load(
+    path: Path | str, *, budget: int | None = None, context: int | None = None, kv_type: str = "f16"
+) -> "AbstractContextManager[Session]":
+    """Load the artifact in ``path`` at the best depth within ``budget`` bytes; see `loader.load`.
+
+    Example::
+
+        with edgekit.load("llama-edge", budget=1_200_000_000) as session:
+            for piece in session.generate("Hello", 64):
+                print(piece, end="")
+    """
+    from edgekit.loader import load
+
+    return load(path, budget, context, kv_type)
