@@ -273,7 +273,7 @@ def _fault(tensor: TensorInfo) -> str | None:
         return f"has the shape {tensor.shape}, which is 2**63 weights or bytes or more"
     block = TYPES[tensor.type_name][1]
     if tensor.shape[-1] % block:
-        return f"has rows of {tensor.shape[-1]} weights, {tensor.type_name} needs a multiple of {block}"
+        return f"has {tensor.shape[-1]} columns, {tensor.type_name} needs a multiple of {block}"
     return None
 
 
