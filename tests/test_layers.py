@@ -23,6 +23,7 @@ LAYERS = (
     {"kernels", "progress", "safetensors_header", "samples", "sizes", "spool", "stack"},
     {"checkpoint", "codecs", "devices", "disk", "exporters"},
     {"arch", "encode", "imatrix", "llama", "manifest"},
+    {"float_model", "text"},
     {"calibration", "manifest_reader"},
     {"artifact"},
     {"planner"},

@@ -9,12 +9,13 @@ from edgekit.llama.chat import apply_chat_template, chat_prompt
 from edgekit.llama.context import KV_TYPES, Context, State
 from edgekit.llama.generation import Generation, Sampling, Timings, generate
 from edgekit.llama.model import Model, Residency, open_model
-from edgekit.llama.stream import VirtualFile, has_fopencookie
+from edgekit.llama.stream import MemoryFile, VirtualFile, has_fopencookie
 
 __all__ = [
     "KV_TYPES",
     "Context",
     "Generation",
+    "MemoryFile",
     "Model",
     "Residency",
     "Sampling",

@@ -14,6 +14,7 @@ import functools
 import io
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from edgekit.errors import EdgekitError
@@ -38,6 +39,22 @@ class VirtualFile(Protocol):
     def read(self, offset: int, n: int) -> bytes:
         """Give at least one and at most ``n`` bytes from ``offset``; ``offset + n <= size``."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryFile:
+    """A virtual file over bytes that are in memory already, such as a header alone."""
+
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return len(self.data)
+
+    def read(self, offset: int, n: int) -> bytes:
+        """Give ``n`` bytes from ``offset``."""
+        return self.data[offset : offset + n]
 
 
 _READ = ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
