@@ -40,11 +40,12 @@ _PUNCTUATED = (
 _CJK = "[一-龥\u3040-ゟ゠-ヿ]+"  # U+3040 is unassigned, DeepSeek's range starts there all the same
 _BLOOM = " ?[^(\\s|[.,!?…。，、।۔،])]+"
 _DEEPSEEK_WORDS = (
-    "\\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅ"
-    "ὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆ"
-    "ﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
+    "\\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-"
+    "ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼ"
+    "ℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚ"
+    "ａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
 )
-_DEEPSEEK_PUNCTUATION = r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+"
+_DEEPSEEK_PUNCTUATION = "\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+"
 _DEEPSEEK_CJK = "[一-龥ࠀ-一가-\ud7ff]+"
 _DEEPSEEK_LLM = (r"[\r\n]", _DEEPSEEK_WORDS, _DEEPSEEK_PUNCTUATION, r"\s+$", _DEEPSEEK_CJK)
 _JAIS_SPACES = "|".join(rf"\s{{{2**n}}}(?!\S)" for n in range(9, 1, -1)) + r"|\s{1,2}(?!\S)|\s{1}"
@@ -68,7 +69,7 @@ class PreTokenizer:
 
 
 _MARKS = "llama.cpp knows no upper and lower case or combining marks outside ASCII in this pattern"
-_LOOKAHEAD = "llama.cpp applies this pattern to character classes, not to characters"
+_DIGITS_OF = "llama.cpp groups only the digits 0 to 9 here, not those of other scripts"
 
 # the steps of a tokenizer.json: llama.cpp's names for them, the usual one first
 TABLE: dict[tuple[str, ...], tuple[PreTokenizer, ...]] = {
@@ -82,7 +83,7 @@ TABLE: dict[tuple[str, ...], tuple[PreTokenizer, ...]] = {
         PreTokenizer("granite-embed-multi-97m", True, _MARKS),
     ),
     (_TEKKEN,): (PreTokenizer("tekken", True, _MARKS),),
-    (r"\d{1,3}(?=(?:\d{3})*\b)", GPT4O): (PreTokenizer("tiny_aya", differs=_MARKS),),
+    (r"\d{1,3}(?=(?:\d{3})*\b)", GPT4O): (PreTokenizer("tiny_aya", differs=_DIGITS_OF),),
     (r"\p{N}{1,3}", _CJK, _PUNCTUATED): (PreTokenizer("deepseek-v3"),),
     (*_DEEPSEEK_LLM, _DIGIT): (PreTokenizer("deepseek-llm"),),
     (*_DEEPSEEK_LLM, _DIGITS): (PreTokenizer("deepseek-llm"),),
@@ -108,7 +109,7 @@ TABLE: dict[tuple[str, ...], tuple[PreTokenizer, ...]] = {
     (r"\p{N}{1,3}", LLAMA3.replace("{1,3}", "+")): (PreTokenizer("minicpm5", True),),
     (r"[^\n]+|[\n]+", QWEN2): (PreTokenizer("laguna"),),
     (LLAMA3.removesuffix(_TAIL) + "|" + _JAIS_SPACES,): (PreTokenizer("jais-2"),),
-    (r"\p{N}+", r"(?=(\d{3})+(?!\d))"): (PreTokenizer("superbpe", differs=_LOOKAHEAD),),
+    (r"\p{N}+", r"(?=(\d{3})+(?!\d))"): (PreTokenizer("superbpe", differs=_DIGITS_OF),),
 }
 
 

@@ -177,8 +177,8 @@ def _special_ids(
     by_text = {text: number for number, text in vocabulary.tokens.items()}
     ids: dict[str, int] = {}
     for role in _ROLES:
-        for source in (files.config, files.special):
-            text = source.get(f"{role}_token")
+        for names in (files.config, files.special):
+            text = names.get(f"{role}_token")
             text = text.get("content") if isinstance(text, Mapping) else text
             if isinstance(text, str) and text in by_text:
                 ids.setdefault(role, by_text[text])

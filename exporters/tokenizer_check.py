@@ -21,7 +21,7 @@ from edgekit.exporters.tokenizer_files import load_tokenizer, read_tokenizer_fil
 
 MAX_DIFFERENT = 0.25  # share of stress pieces; with more a known difference explains nothing
 
-LONG_TEXT = 4096  # characters; the frame has been compared often enough on shorter ones
+LONG_TEXT = 1024  # characters; the frame has been compared often enough on shorter ones
 
 Encode = Callable[[str, bool], list[int]]  # text, whether to add bos and eos
 
@@ -71,8 +71,7 @@ def check_tokenizer(
                 faults.append(fault)
                 if not differs or len(faults) > MAX_DIFFERENT * len(texts):
                     raise RefusedError(fault)
-            prepared = prepare(text)
-            n_unprepared += prepared != text and encode(text, False) != encode(prepared, False)
+            n_unprepared += _needs_preparing(text, encode, prepare)
     notices = _notices(differs, faults, n_unprepared, len(texts))
     return TokenizerCheck(len(texts), len(faults), n_unprepared, tuple(notices))
 
@@ -80,12 +79,19 @@ def check_tokenizer(
 def _first_fault(
     text: str, reference: Encode, encode: Encode, prepare: Callable[[str], str]
 ) -> str | None:
-    """Compare with and, a short text, without bos and eos; return the first difference's message."""
+    """Compare with and (a short text) without bos and eos; return the first difference."""
     for add_special in (True, False) if len(text) < LONG_TEXT else (True,):
         expected, got = reference(text, add_special), encode(prepare(text), add_special)
         if expected != got:
             return _describe(text, expected, got)
     return None
+
+
+def _needs_preparing(text: str, encode: Encode, prepare: Callable[[str], str]) -> bool:
+    prepared = prepare(text)
+    if prepared == text or len(text) >= LONG_TEXT:
+        return False
+    return encode(prepared, False) != encode(text, False)
 
 
 def _describe(text: str, expected: Sequence[int], got: Sequence[int]) -> str:
@@ -206,11 +212,11 @@ def _quiet(lib: Any, lines: list[str]) -> Iterator[None]:
     data = ctypes.c_void_p()
     lib.llama_log_get(ctypes.byref(before), ctypes.byref(data))
 
-    @lib.llama_log_callback
     def listen(level: int, text: bytes, _: Any) -> None:
         lines.append(text.decode("utf-8", "replace"))
 
-    lib.llama_log_set(listen, ctypes.c_void_p(0))
+    callback = lib.llama_log_callback(listen)  # kept alive here: llama.cpp holds the pointer
+    lib.llama_log_set(callback, ctypes.c_void_p(0))
     try:
         yield
     finally:
