@@ -5,74 +5,42 @@ write base, levels and manifest -> measure -> one rename. Nothing stands under t
 all of it is whole.
 """
 
-import hashlib
-import os
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from edgekit import __version__
 from edgekit.arch import Mapping, SourceTensor, map_checkpoint
 from edgekit.artifact import open_artifact
 from edgekit.checkpoint import Checkpoint
 from edgekit.codecs.chunks import CHUNK_WEIGHTS
-from edgekit.codecs.nested import CHILDREN
+from edgekit.convert_options import Options, check_tiers
 from edgekit.convert_report import Report, report_of, tier_bytes
 from edgekit.disk import disk_full_reported, require_free
 from edgekit.encode import Job, chain_of, encode_tensor
-from edgekit.errors import UnknownNameError, UsageError
-from edgekit.exporters.gguf_values import Value
+from edgekit.errors import UsageError
+from edgekit.exporters.gguf import header_bytes
+from edgekit.exporters.gguf_values import Value, u32
 from edgekit.exporters.tokenizer import tokenizer_metadata
+from edgekit.exporters.tokenizer_check import check_tokenizer
 from edgekit.exporters.tokenizer_files import suspicious_constructs
 from edgekit.imatrix import Imatrix, read_imatrix, write_imatrix
-from edgekit.kernels.ggml import TYPES, row_bytes
 from edgekit.manifest import FileRecord, Json, Manifest
 from edgekit.measure import measure
 from edgekit.model_card import write_model_card
 from edgekit.planner import resident_bytes
 from edgekit.progress import Progress
+from edgekit.provenance import artifact_name, source_files, statistics_json, tool_versions
 from edgekit.publish import Encoded, move_into_place, publish, write_manifest
-from edgekit.spool import Spool
-from edgekit.stack import SOURCE, Level, Part, Stack
+from edgekit.spool import Spool, write_atomically
+from edgekit.stack import Level, Part, Stack
 
-DEFAULT_TIERS = ("Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0", SOURCE)
-SHARE_OF_SOURCE = (
-    1.02  # an artifact takes about 0.95 of a BF16 checkpoint; widened tensors take more
-)
-IMATRIX_NAME = "imatrix.gguf"
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a conversion is asked for.
-
-    Attributes:
-        tiers: Lowest first; ``source`` last when the original values are kept.
-        codec: Key of `CODECS`.
-        calibration: Text to calibrate on; ``None`` takes the text that edgekit ships.
-        imatrix: A statistics file of llama-imatrix or edgekit to use instead of calibrating.
-        statistics: False converts without any statistics.
-        save_imatrix: Where to also write the statistics, for llama-quantize.
-        measure: Measure quality at a dozen budgets at the end.
-        jobs: Worker threads.
-        resume: Go on where the same conversion was stopped.
-        force: Replace an existing artifact.
-    """
-
-    tiers: tuple[str, ...] = DEFAULT_TIERS
-    codec: str = "nested"
-    calibration: Path | None = None
-    imatrix: Path | None = None
-    statistics: bool = True
-    save_imatrix: Path | None = None
-    measure: bool = True
-    jobs: int = os.cpu_count() or 1
-    resume: bool = False
-    force: bool = False
+SHARE_OF_SOURCE = 1.02  # an upper bound: an artifact takes 0.90 to 0.95 of a BF16 checkpoint
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: of the K- and IQ-blocks' layouts
+IMATRIX_NAME, VOCABULARY_NAME = "imatrix.gguf", "vocabulary.gguf"
 
 
 def convert(
@@ -89,7 +57,8 @@ def convert(
     check_tiers(options.tiers)
     checkpoint = Checkpoint.open(folder)
     spool = Spool(output.with_name(f".{output.name}.partial"))
-    if output.exists() and options.resume and not spool.folder.exists():
+    if options.resume and output.exists() and spool.is_published(output.name):
+        spool.remove()
         progress.note(f"{output} is complete; nothing to resume")
         return report_of(output, started)
     _require_free_name(output, options)
@@ -97,28 +66,6 @@ def convert(
     with disk_full_reported(f"converting to {output}", "make room and repeat with --resume"):
         conversion.run(command)
     return report_of(output, started)
-
-
-def check_tiers(tiers: Sequence[str]) -> None:
-    """Check that ``tiers`` are a chain that a codec can build.
-
-    Raises:
-        UsageError: A tier is unknown, stands twice, is out of order, or cannot follow another.
-    """
-    for tier in tiers:
-        if tier != SOURCE and tier not in TYPES:
-            raise UnknownNameError("tier", tier, [*TYPES, SOURCE])
-    if not tiers or len(set(tiers)) != len(tiers) or SOURCE in tiers[:-1]:
-        raise UsageError(f"tiers {','.join(tiers)}: name each tier once, lowest first, source last")
-    for tier in tiers[1:]:
-        if tier != SOURCE and tier not in CHILDREN:
-            raise UsageError(
-                f"tier {tier} can only come first in a chain; tiers above another: "
-                f"{', '.join(CHILDREN)}"
-            )
-    bits = [row_bytes(tier, 256) for tier in tiers if tier != SOURCE]
-    if bits != sorted(bits):
-        raise UsageError(f"tiers {','.join(tiers)}: order them from few bits to many")
 
 
 def _require_free_name(output: Path, options: Options) -> None:
@@ -148,18 +95,17 @@ class _Conversion:
         """Do what is not done yet."""
         for note in (*self.mapping.notes, *_template_notes(self.metadata)):
             self.progress.note(note)
-        need = int(
-            2 * SHARE_OF_SOURCE * self.source_bytes
-        )  # the spool and the artifact made from it
+        need = int(2 * SHARE_OF_SOURCE * self.source_bytes)  # the spool, and what is made from it
         require_free(self.output.parent, need, f"converting {self.checkpoint.folder}")
-        self.spool.open(self._job(), self.options.resume)
+        first_command = self.spool.open(self._job(), command, self.options.resume)
+        self._check_tokenizer()
         with ThreadPoolExecutor(1) as background:
-            hashes = background.submit(_hash_files, self.checkpoint)
+            hashes = background.submit(source_files, self.checkpoint)
             imatrix = self._statistics()
             if imatrix is not None and self.options.save_imatrix is not None:
                 write_imatrix(imatrix, self.options.save_imatrix)
             tensors = self._encode(imatrix, background)
-            facts = self._facts(imatrix, hashes.result(), command)
+            facts = self._facts(imatrix, hashes.result(), first_command)
         self._publish(tensors, facts)
 
     def _job(self) -> Json:
@@ -175,6 +121,13 @@ class _Conversion:
             "options": {key: _plain(value) for key, value in choices.items()},
         }
 
+    def _check_tokenizer(self) -> None:
+        """Tokenize a stress text with llama.cpp and the checkpoint's tokenizer; ids are equal."""
+        path = self.spool.folder / VOCABULARY_NAME
+        write_atomically(path, header_bytes(self.metadata, []))
+        for notice in check_tokenizer(path, self.checkpoint.folder).notices:
+            self.progress.note(notice)
+
     def _statistics(self) -> Imatrix | None:
         if not self.options.statistics:
             return None
@@ -184,7 +137,12 @@ class _Conversion:
         if not kept.is_file():
             from edgekit.calibration import calibrate
 
-            imatrix = calibrate(self.checkpoint, self.options.calibration, progress=self.progress)
+            imatrix = calibrate(
+                self.checkpoint,
+                self.options.calibration,
+                mapping=self.mapping,
+                progress=self.progress,
+            )
             write_imatrix(imatrix, kept)
         return read_imatrix(kept)
 
@@ -235,8 +193,8 @@ class _Conversion:
             resident_order=(),
             model=model | {"vocab_size": self.mapping.vocab_size},
             source=self._source(hashes),
-            tool=_tool(command),
-            statistics=_statistics_json(imatrix),
+            tool=tool_versions(command),
+            statistics=statistics_json(imatrix),
         )
 
     def _source(self, hashes: list[Json]) -> Json:
@@ -250,7 +208,16 @@ class _Conversion:
 
     def _publish(self, tensors: list[Encoded], facts: Manifest) -> None:
         staged = self.spool.folder / self.output.name
-        Spool(staged).remove()
+        if not self.spool.is_ready:
+            self._stage(staged, tensors, facts)
+            self.spool.set_ready()
+        move_into_place(staged, self.output)
+        self.spool.remove()
+
+    def _stage(self, staged: Path, tensors: list[Encoded], facts: Manifest) -> None:
+        """Write the artifact, all of it, inside the spool."""
+        if staged.exists():
+            shutil.rmtree(staged)
         staged.mkdir()
         self.progress.start("write", 1)
         manifest = publish(self.spool, staged, tensors, self.metadata, facts)
@@ -261,13 +228,12 @@ class _Conversion:
                 manifest = replace(manifest, quality=measure(artifact, self.progress))
             write_manifest(staged, manifest)
         write_model_card(staged, manifest)
-        move_into_place(staged, self.output)
-        self.spool.remove()
 
 
 def _metadata(checkpoint: Checkpoint, mapping: Mapping) -> dict[str, Value]:
     tokenizer = tokenizer_metadata(checkpoint.folder, dict(checkpoint.config), mapping.vocab_size)
-    return dict(mapping.metadata) | tokenizer
+    version = {"general.quantization_version": u32(QUANTIZATION_VERSION)}
+    return dict(mapping.metadata) | version | tokenizer
 
 
 def _template_notes(metadata: dict[str, Value]) -> list[str]:
@@ -279,63 +245,6 @@ def _template_notes(metadata: dict[str, Value]) -> list[str]:
     return [
         f"the chat template contains {', '.join(found)}; it is carried verbatim, never run here"
     ]
-
-
-def artifact_name(folder: Path) -> str:
-    """Base name of the artifact's files: the checkpoint's folder or Hugging Face repository."""
-    path = folder.resolve()
-    if path.parent.name == "snapshots":
-        path = Path(path.parent.parent.name.split("--")[-1])
-    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in path.name).strip(".-")
-    return name or "model"
-
-
-def _hash_files(checkpoint: Checkpoint) -> list[Json]:
-    """Name, bytes and sha256 of config, tokenizer and weight files."""
-    weights = set(checkpoint.files)
-    small = {p.resolve() for p in checkpoint.folder.glob("*.json")} - weights
-    named = {p: p.name for p in (*small, *weights)}
-    rows: list[Json] = []
-    for path, name in sorted(named.items(), key=lambda item: item[1]):
-        with path.open("rb") as file:
-            digest = (
-                hashlib.file_digest(file, "sha256")
-                if hasattr(hashlib, "file_digest")
-                else _digest(file)
-            )
-        rows.append({"name": name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()})
-    return rows
-
-
-def _digest(file: Any) -> Any:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
-
-
-def _tool(command: Sequence[str]) -> Json:
-    """Versions and the command, without what may differ between a run and its resumption."""
-    packages = ("llama_cpp_python", "gguf", "numpy", "zstandard")
-    words = [word for word in command if word not in ("--resume", "--force")]
-    return {
-        "edgekit": __version__,
-        **{name: version(name) for name in packages},
-        "command": words,
-    }
-
-
-def _statistics_json(imatrix: Imatrix | None) -> Json:
-    loss = "weighted square error over weighted square of the weights"
-    if imatrix is None:
-        return {"kind": "none", "loss": f"{loss}, all columns alike"}
-    return {
-        "kind": "imatrix",
-        "datasets": list(imatrix.datasets),
-        "chunks": imatrix.chunk_count,
-        "chunk_tokens": imatrix.chunk_size,
-        "loss": f"{loss}, columns weighted by the mean square of their input",
-    }
 
 
 def _plain(value: object) -> object:

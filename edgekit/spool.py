@@ -8,14 +8,15 @@ one conversion: same checkpoint, same options.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekit.errors import UsageError
 
-JOB_NAME = "job.json"
+JOB_NAME, READY_NAME = "job.json", "ready"
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,29 +43,52 @@ class Spool:
         """Take ``folder``; nothing is created yet."""
         self.folder = folder
 
-    def open(self, job: dict[str, Any], resume: bool) -> None:
+    def open(self, job: Json, command: Sequence[str], resume: bool) -> list[str]:
         """Start empty, or go on where a conversion with the same ``job`` stopped.
+
+        Returns:
+            The command that began the conversion.
 
         Raises:
             UsageError: The folder belongs to another conversion.
         """
         path = self.folder / JOB_NAME
         if resume and path.is_file():
-            if json.loads(path.read_text()) != json.loads(json.dumps(job)):
+            kept = json.loads(path.read_text())
+            if kept["job"] != json.loads(json.dumps(job)):
                 raise UsageError(
                     f"{self.folder} belongs to a conversion with another checkpoint or other "
-                    "options; repeat the first command with --resume, or leave --resume out to "
-                    "start again"
+                    "options; repeat the first command with --resume, or start again without it"
                 )
-            return
+            return list(kept["command"])
         self.remove()
         self.folder.mkdir(parents=True)
-        write_atomically(path, json.dumps(job, indent=1).encode())
+        body = {"job": job, "command": list(command)}
+        write_atomically(path, json.dumps(body, indent=1).encode())
+        return list(command)
+
+    def set_ready(self) -> None:
+        """Note that the staged artifact is whole: only its rename is left."""
+        write_atomically(self.folder / READY_NAME, b"")
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `set_ready` was reached."""
+        return (self.folder / READY_NAME).exists()
+
+    def is_published(self, name: str) -> bool:
+        """Whether the artifact ``name`` has left this folder for its final place."""
+        renamed = self.is_ready and not (self.folder / name).exists()
+        return renamed or not self.folder.exists()
 
     def remove(self) -> None:
-        """Delete the folder with everything in it."""
+        """Delete the folder with everything in it; killed half-way, it is gone all the same."""
+        doomed = self.folder.with_name(f"{self.folder.name}.old")
+        if doomed.exists():
+            shutil.rmtree(doomed)
         if self.folder.exists():
-            shutil.rmtree(self.folder)
+            self.folder.rename(doomed)
+            shutil.rmtree(doomed)
 
     def data_path(self, index: int) -> Path:
         """The file of tensor ``index``."""

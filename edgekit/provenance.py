@@ -1,0 +1,60 @@
+"""Where an artifact comes from: files and their hashes, versions, the command, the statistics."""
+
+import hashlib
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from edgekit import __version__
+from edgekit.checkpoint import Checkpoint, contained
+from edgekit.imatrix import Imatrix
+from edgekit.manifest import Json
+
+PACKAGES = ("llama_cpp_python", "gguf", "numpy", "zstandard")
+SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt")
+
+
+def artifact_name(folder: Path) -> str:
+    """Base name of the artifact's files: the checkpoint's folder or Hugging Face repository."""
+    path = folder.resolve()
+    if path.parent.name == "snapshots":
+        path = Path(path.parent.parent.name.split("--")[-1])
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in path.name).strip(".-")
+    return name or "model"
+
+
+def source_files(checkpoint: Checkpoint) -> list[Json]:
+    """Name, bytes and sha256 of the checkpoint's weight, config and tokenizer files."""
+    rows: list[Json] = []
+    for entry in sorted(checkpoint.folder.iterdir()):
+        path = contained(checkpoint.folder, entry.name) if entry.suffix in SUFFIXES else None
+        if path is None:
+            continue
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        rows.append(
+            {"name": entry.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+        )
+    return rows
+
+
+def tool_versions(command: Sequence[str]) -> Json:
+    """The command that began the conversion, and the packages whose code shaped the bytes."""
+    versions = {name: version(name) for name in PACKAGES}
+    return {"edgekit": __version__, **versions, "command": list(command)}
+
+
+def statistics_json(imatrix: Imatrix | None) -> Json:
+    """What weighed the columns, and what a level's ``loss`` therefore is."""
+    loss = "weighted square error over weighted square of the weights"
+    if imatrix is None:
+        return {"kind": "none", "loss": f"{loss}, all columns alike"}
+    return {
+        "kind": "imatrix",
+        "datasets": list(imatrix.datasets),
+        "chunks": imatrix.chunk_count,
+        "chunk_tokens": imatrix.chunk_size,
+        "loss": f"{loss}, columns weighted by the mean square of their input",
+    }
