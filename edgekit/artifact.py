@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+
+from edgekit.checkpoint import contained
 from edgekit.errors import RefusedError, UsageError
 from edgekit.exporters.gguf import Gguf, read_header, tensor_offsets
 from edgekit.manifest import ALIGNMENT, MANIFEST_NAME, FileRecord, Manifest, Order
@@ -53,8 +56,8 @@ class Artifact:
         self.folder = folder
         self.manifest = manifest
         self._checked: set[Part] = set()
-        self._base: mmap.mmap | bytes = _map(folder / manifest.base.name)
-        self._levels: mmap.mmap | bytes = _map(folder / manifest.levels.name)
+        self._base: mmap.mmap | bytes = _map(folder, manifest.base.name)
+        self._levels: mmap.mmap | bytes = _map(folder, manifest.levels.name)
         self.header = self._check_base()
         self.stacks = tuple(self._whole(stack) for stack in manifest.stacks)
         self._by_name = {stack.name: stack for stack in self.stacks}
@@ -80,6 +83,11 @@ class Artifact:
     def levels_bytes(self) -> int:
         """Bytes of ``.levels`` that are here, perhaps fewer than were written."""
         return len(self._levels)
+
+    @property
+    def files(self) -> tuple[tuple[FileRecord, mmap.mmap | bytes], ...]:
+        """Base and ``.levels``: what the manifest says of them, and the bytes that are here."""
+        return (self.manifest.base, self._base), (self.manifest.levels, self._levels)
 
     def stack(self, name: str) -> Stack:
         """The stack of tensor ``name``, with the levels that are here."""
@@ -137,6 +145,10 @@ class Artifact:
             raise RefusedError(f"the header of {record.name} is corrupt; get the artifact again")
         header = read_header(head, file_size=n_bytes, name=record.name)
         offsets = tensor_offsets(header.tensors, header.alignment)
+        if not _same_facts(header, self.manifest):
+            raise RefusedError(
+                f"{record.name} describes another model than {MANIFEST_NAME} does; refused"
+            )
         found = [
             (tensor.name, tensor.type_name, tensor.shape, header.data_offset + offset)
             for tensor, offset in zip(header.tensors, offsets, strict=True)
@@ -148,20 +160,39 @@ class Artifact:
         return header
 
 
+def _same_facts(header: Gguf, manifest: Manifest) -> bool:
+    """Whether the facts that plans follow from are those that llama.cpp will read."""
+    told, vocab = dict(manifest.model), header.get("tokenizer.ggml.tokens", ())
+    same_vocab = told.pop("vocab_size", None) == len(vocab) or not vocab
+    same_architecture = header.get("general.architecture") == manifest.architecture
+    facts = {key: header.get(key) for key in told}
+    return same_architecture and same_vocab and _as_stored(facts) == _as_stored(told)
+
+
+def _as_stored(value: object) -> object:
+    """Floats as float32, which is what a GGUF holds of them."""
+    if isinstance(value, dict):
+        return {key: _as_stored(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_stored(item) for item in value]
+    return float(np.float32(value)) if isinstance(value, float) else value
+
+
 def _base_row(stack: Stack) -> tuple[str, str, tuple[int, ...], int]:
     """What the base's header must say of a tensor: name, type, shape, offset in the file."""
     lowest = stack.levels[0]
     return stack.name, stack.type_at(lowest.tier), stack.shape, lowest.parts[0].offset
 
 
-def _map(path: Path) -> mmap.mmap | bytes:
-    """Map a file read-only; one that is empty (not mappable) or not there has no bytes."""
+def _map(folder: Path, name: str) -> mmap.mmap | bytes:
+    """Map a file read-only; one that is empty (cannot be mapped) or not there has no bytes."""
+    path = contained(folder, name)
+    if path is None:
+        return b""
     try:
         with path.open("rb") as file:
             n_bytes = os.fstat(file.fileno()).st_size
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if n_bytes else b""
-    except FileNotFoundError:
-        return b""
     except OSError as error:
         raise RefusedError(f"{path}: {error.strerror}; get the artifact again") from error
 
@@ -202,18 +233,12 @@ def _level_problems(artifact: Artifact, level: Level) -> Iterator[str]:
 
 def _file_problems(artifact: Artifact) -> Iterator[str]:
     """Bytes that belong to no level: padding, and a whole file that is not what was written."""
-    manifest = artifact.manifest
-    for record in (manifest.base, manifest.levels):
-        with (artifact.folder / record.name).open("rb") as file:
-            n_bytes, digest = file.seek(0, 2), hashlib.sha256()
-            file.seek(0)
-            while block := file.read(1 << 20):
-                digest.update(block)
+    for record, data in artifact.files:
+        n_bytes, digest = len(data), hashlib.sha256()
+        for start in range(0, n_bytes, 1 << 20):
+            digest.update(data[start : start + (1 << 20)])
         if n_bytes > record.n_bytes:
-            yield (
-                f"{record.name} has {n_bytes} bytes, the manifest says {record.n_bytes}; "
-                "get it again"
-            )
+            yield f"{record.name} has {n_bytes} bytes, not {record.n_bytes}; get it again"
         elif n_bytes == record.n_bytes and digest.hexdigest() != record.sha256:
             yield f"{record.name} is corrupt: its sha256 differs from the manifest's; get it again"
 

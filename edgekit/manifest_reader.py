@@ -1,17 +1,19 @@
 """Read ``edgekit.json`` back, as untrusted input.
 
 Every field is checked for type and range, file names must be plain names, parts lie inside their
-files, levels form a chain from level 0, load orders never put a level before its parent, and the
-manifest's own hash must agree.
+files, levels form a chain of known types from level 0, load orders never put a level before its
+parent, and the manifest's own hash must agree.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
+from edgekit.codecs import CODECS
 from edgekit.errors import RefusedError, UnsupportedError
+from edgekit.kernels.ggml import TYPES
 from edgekit.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -22,6 +24,10 @@ from edgekit.manifest import (
     self_hash,
 )
 from edgekit.stack import SOURCE, Level, Part, Stack
+
+BASE_CODEC = "ggml"  # level 0 is plain blocks
+MAX_CHUNK_WEIGHTS = 1 << 26  # a chunk is decoded in one piece
+QUALITY_FIELDS = ("weights_bytes", "bits_per_weight", "n_tokens", "kl_mean", "ppl")
 
 T = TypeVar("T")
 
@@ -34,7 +40,8 @@ def loads(text: bytes) -> Manifest:
         UnsupportedError: It was written in another format version.
     """
     try:
-        body = json.loads(text, object_pairs_hook=_unique)
+        body = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        own_hash = self_hash(body) if isinstance(body, dict) else ""
     except (ValueError, RecursionError) as error:
         raise RefusedError(
             f"{MANIFEST_NAME} is not valid JSON ({error}); get the artifact again"
@@ -43,12 +50,12 @@ def loads(text: bytes) -> Manifest:
         raise RefusedError(
             f"{MANIFEST_NAME} is not a manifest of edgekit: it lacks format: edgekit"
         )
-    if body.get("format_version") != FORMAT_VERSION:
+    if _get(body, "format_version", int) != FORMAT_VERSION:
         raise UnsupportedError(
             f"{MANIFEST_NAME} has format version {body.get('format_version')!r}, "
             f"this edgekit reads {FORMAT_VERSION}; install the edgekit that wrote it"
         )
-    if body.get("sha256") != self_hash(body):
+    if body.get("sha256") != own_hash:
         raise RefusedError(f"{MANIFEST_NAME} does not match its own sha256; get the artifact again")
     return _from_json(body)
 
@@ -60,6 +67,10 @@ def _unique(pairs: list[tuple[str, object]]) -> Json:
     return keys
 
 
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"the number {text}")
+
+
 def _from_json(body: Json) -> Manifest:
     base, order = _get(body, "base", dict), _get(body, "load_order", dict)
     rows = [_level(row) for row in _rows(body, "levels")]
@@ -68,7 +79,7 @@ def _from_json(body: Json) -> Manifest:
         architecture=_get(body, "architecture", str),
         codec=_get(body, "codec", str),
         tiers=tuple(_strings(_get(body, "tiers", list), "tiers")),
-        chunk_weights=_count(body, "chunk_weights", least=1),
+        chunk_weights=_count(body, "chunk_weights", least=1, most=MAX_CHUNK_WEIGHTS),
         base=_file(base),
         header_bytes=_count(base, "header_bytes"),
         header_sha256=_hash(_get(base, "header_sha256", str)),
@@ -80,7 +91,7 @@ def _from_json(body: Json) -> Manifest:
         source=_get(body, "source", dict),
         tool=_get(body, "tool", dict),
         statistics=_get(body, "statistics", dict),
-        quality=tuple(_rows(body, "quality")),
+        quality=tuple(_quality(row) for row in _rows(body, "quality")),
         experts=_get(body, "experts", dict),
     )
     _check(manifest)
@@ -97,9 +108,9 @@ def _get(obj: Mapping[str, Any], key: str, kind: type[T]) -> T:
     return value
 
 
-def _count(obj: Mapping[str, Any], key: str, least: int = 0) -> int:
+def _count(obj: Mapping[str, Any], key: str, least: int = 0, most: int = 1 << 62) -> int:
     value = _get(obj, key, int)
-    if not least <= value < 1 << 62:
+    if not least <= value <= most:
         raise RefusedError(f"{MANIFEST_NAME}: field '{key}' is {value}, out of range")
     return value
 
@@ -119,8 +130,9 @@ def _strings(values: list[object], key: str) -> list[str]:
 
 def _plain_name(name: str) -> str:
     """A name that stays in its folder: no separators, no drive, no parent, nothing hidden."""
-    if name != PurePosixPath(name).name or set(name) & set("\\/:\0") or name.startswith("."):
-        raise RefusedError(f"{MANIFEST_NAME}: '{name}' is not a plain file name; refused")
+    plain = name.isprintable() and not set(name) & set("\\/:") and len(name.encode()) <= 255
+    if not plain or not name or name.startswith("."):
+        raise RefusedError(f"{MANIFEST_NAME}: {name[:80]!a} is not a plain file name; refused")
     return name
 
 
@@ -137,19 +149,36 @@ def _file(obj: Json) -> FileRecord:
 
 
 def _level(row: Json) -> Level:
-    parent, loss = row.get("parent"), row.get("loss")
+    parent = row.get("parent")
     if parent is not None and not isinstance(parent, str):
         raise RefusedError(f"{MANIFEST_NAME}: a level's parent is {parent!r}, needs a tier or null")
-    if not isinstance(loss, (int, float)) or not 0 <= loss < float("inf"):
-        raise RefusedError(f"{MANIFEST_NAME}: a level's loss is {loss!r}, needs a number >= 0")
     return Level(
         tensor=_get(row, "tensor", str),
         tier=_get(row, "tier", str),
         parent=parent,
         codec=_get(row, "codec", str),
         parts=_parts(row),
-        loss=float(loss),
+        loss=_number(row, "loss"),
     )
+
+
+def _number(row: Json, key: str) -> float:
+    value = row.get(key)
+    if not isinstance(value, (int, float)) or not 0 <= value < 1e300:
+        raise RefusedError(
+            f"{MANIFEST_NAME}: field '{key}' is {str(value)[:40]}, needs a number >= 0"
+        )
+    return float(value)
+
+
+def _quality(row: Json) -> Json:
+    """A measured row; what planning and printing read of it are numbers."""
+    _count(row, "weights_bytes")
+    for key in row:
+        _number(row, key)
+    for key in QUALITY_FIELDS:
+        _number(row, key)
+    return row
 
 
 def _parts(row: Json) -> tuple[Part, ...]:
@@ -191,6 +220,8 @@ def _chain(name: str, levels: list[Level]) -> tuple[Level, ...]:
     """The levels of one tensor, each after its parent."""
     by_parent = {level.parent: level for level in levels}
     chain: list[Level] = []
+    if len({level.tier for level in levels}) != len(levels):
+        raise RefusedError(f"{MANIFEST_NAME}: {name} has a tier twice")
     while (following := by_parent.get(chain[-1].tier if chain else None)) is not None:
         if len(chain) >= len(levels):
             break
@@ -212,11 +243,19 @@ def _check(m: Manifest) -> None:
     """Facts that tie fields together: parts inside their files, orders that respect parents."""
     if not m.stacks:
         raise RefusedError(f"{MANIFEST_NAME}: the artifact has no tensors")
+    if not m.tiers or len(set(m.tiers)) != len(m.tiers) or set(m.tiers) - {*TYPES, SOURCE}:
+        raise RefusedError(f"{MANIFEST_NAME}: tiers {', '.join(m.tiers)[:200]!a} are no chain")
+    if m.codec not in CODECS:
+        raise UnsupportedError(
+            f"{MANIFEST_NAME}: codec {m.codec[:40]!a} is unknown; known: {', '.join(CODECS)}"
+        )
     for stack in m.stacks:
         if stack.tiers[-1] != SOURCE and SOURCE in stack.tiers:
             raise RefusedError(f"{MANIFEST_NAME}: {stack.name} has levels above {SOURCE}")
         for level in stack.levels:
             _check_level(m, stack, level)
+            _check_type(stack, level)
+        _check_base_parts(stack)
     for order in (m.stored_order, m.resident_order):
         _check_parents_first(m, order)
 
@@ -231,6 +270,33 @@ def _check_level(m: Manifest, stack: Stack, level: Level) -> None:
         raise RefusedError(
             f"{MANIFEST_NAME}: level {level.tier} of {level.tensor} has {len(level.parts)} parts "
             f"for {stack.n_experts} experts"
+        )
+
+
+def _check_type(stack: Stack, level: Level) -> None:
+    """A type that ggml has, that holds rows of this length, and that the codec can lead to."""
+    name = stack.type_at(level.tier)
+    if name not in TYPES or stack.cols % TYPES[name].block:
+        raise RefusedError(
+            f"{MANIFEST_NAME}: {stack.name[:80]!a}, {stack.cols} columns, cannot be {name[:40]!a}"
+        )
+    children = CODECS[level.codec].CHILDREN if level.codec in CODECS else ()
+    if not (level.codec == BASE_CODEC if level.parent is None else name in children):
+        raise RefusedError(
+            f"{MANIFEST_NAME}: codec {level.codec[:40]!a} gives no level {level.tier} of "
+            f"{stack.name[:80]!a}"
+        )
+
+
+def _check_base_parts(stack: Stack) -> None:
+    """Level 0 is the tensor's blocks in the base, expert after expert, nothing between."""
+    kind, parts = TYPES[stack.type_at(stack.tiers[0])], stack.levels[0].parts
+    n_bytes = math.prod(stack.shape) // len(parts) // kind.block * kind.block_bytes
+    if any(part.n_bytes != n_bytes for part in parts) or any(
+        before.end != part.offset for before, part in pairwise(parts)
+    ):
+        raise RefusedError(
+            f"{MANIFEST_NAME}: level 0 of {stack.name} is not the {n_bytes} bytes of its blocks"
         )
 
 

@@ -8,12 +8,13 @@ from typing import Any
 from edgekit.artifact import Artifact
 from edgekit.errors import DoesNotFitError, RefusedError, UsageError
 from edgekit.kernels.ggml import row_bytes
-from edgekit.manifest import Json
+from edgekit.manifest import MANIFEST_NAME, Json
 from edgekit.planner import Depths, fill, resident_bytes, tier_at, uniform
 from edgekit.sizes import format_size
 
 KV_TYPES = {"f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}  # option -> ggml type of the cache
 DEFAULT_CONTEXT = 4096  # tokens, or the model's own context when that is shorter
+MAX_LAYERS, MAX_COUNT = 1 << 12, 1 << 31  # of a model's facts; no allocation follows from more
 DEFAULT_BATCH = 512  # tokens computed at once; llama.cpp's own default
 # Python, numpy, the command line and llama.cpp's libraries, no model; measured on x86-64 Linux
 PROCESS_BYTES = 90 << 20
@@ -90,37 +91,45 @@ def shape_of(architecture: str, model: Mapping[str, Any]) -> Shape:
     Raises:
         RefusedError: A field is missing or no number.
     """
+    prefix = f"{architecture}."
 
-    def number(key: str, default: int | None = None) -> int:
-        value = model.get(f"{architecture}.{key}", default)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise RefusedError(
-                f"edgekit.json: model field {architecture}.{key} is {value!r}, needs a count"
-            )
-        return value
+    def count(key: str, default: int | None = None, most: int = MAX_COUNT) -> int:
+        return _count(prefix + key, model.get(prefix + key, default), most)
 
-    layers, width, heads = (
-        number("block_count"),
-        number("embedding_length"),
-        number("attention.head_count"),
-    )
-    kv_heads = model.get(f"{architecture}.attention.head_count_kv", heads)
-    per_layer = kv_heads if isinstance(kv_heads, list) else [kv_heads] * layers
-    head_k = number("attention.key_length", width // heads)
-    head_v = number("attention.value_length", width // heads)
-    feed_forward = _widest(model.get(f"{architecture}.feed_forward_length", width))
+    layers = count("block_count", most=MAX_LAYERS)
+    width, heads = count("embedding_length"), count("attention.head_count")
+    kv_heads = _per_layer(prefix, model, "attention.head_count_kv", heads, layers)
+    feed_forward = _per_layer(prefix, model, "feed_forward_length", width, layers)
+    head_k = count("attention.key_length", width // heads)
+    head_v = count("attention.value_length", width // heads)
     return Shape(
         n_layers=layers,
-        context=number("context_length"),
-        kv_elements=tuple((n * head_k, n * head_v) for n in per_layer),
-        width=4 * width + 3 * feed_forward + 2 * heads * (head_k + head_v),
-        vocab=int(model["vocab_size"]),
+        context=count("context_length"),
+        kv_elements=tuple((n * head_k, n * head_v) for n in kv_heads),
+        width=4 * width + 3 * max(feed_forward) + 2 * heads * (head_k + head_v),
+        vocab=_count("vocab_size", model.get("vocab_size"), MAX_COUNT),
     )
 
 
-def _widest(value: Any) -> int:
-    values = value if isinstance(value, list) else [value]
-    return max(int(v) for v in values)
+def _per_layer(
+    prefix: str, model: Mapping[str, Any], key: str, default: int, layers: int
+) -> list[int]:
+    """A field that is one count, or a list with one for each layer."""
+    value = model.get(prefix + key, default)
+    values = value if isinstance(value, list) else [value] * layers
+    if len(values) != layers:
+        raise RefusedError(
+            f"{MANIFEST_NAME}: model field {key} has {len(values)} values for {layers} layers"
+        )
+    return [_count(prefix + key, item, MAX_COUNT) for item in values]
+
+
+def _count(key: str, value: object, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise RefusedError(
+            f"{MANIFEST_NAME}: model field {key[:80]!a} is {str(value)[:40]!a}, needs 1 to {most}"
+        )
+    return value
 
 
 def memory_of(shape: Shape, context: int, kv_type: str, batch: int = DEFAULT_BATCH) -> Memory:
