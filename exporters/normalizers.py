@@ -20,6 +20,8 @@ from edgekit.exporters.gguf_values import Value, array
 KEY = "edgekit.tokenizer.normalizers"
 SPACE = "\u2581"  # how SentencePiece writes a space
 
+_WRITTEN_KINDS = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+
 # name in the GGUF: what it does to text between special tokens
 RULES: dict[str, Callable[[str], str]] = {
     "nfc": partial(unicodedata.normalize, "NFC"),
@@ -128,13 +130,23 @@ class TextNormalizer:
                 f"update edgekit"
             )
         self._rules = [RULES[name] for name in names]
-        self._special = re.compile(_special_pattern(metadata)) if names else None
+        written, always = _WRITTEN_KINDS, (TokenType.USER_DEFINED,)
+        self._special = {
+            parse_special: re.compile(_special_pattern(metadata, kinds))
+            for parse_special, kinds in ((True, written), (False, always))
+            if names
+        }
 
-    def __call__(self, text: str) -> str:
-        """Return the text as llama.cpp should get it."""
-        if self._special is None:
+    def __call__(self, text: str, parse_special: bool = True) -> str:
+        """Return the text as llama.cpp should get it.
+
+        Args:
+            text: Any text.
+            parse_special: Whether llama.cpp will read the texts of special tokens as such.
+        """
+        if not self._special:
             return text
-        parts = self._special.split(text)
+        parts = self._special[parse_special].split(text)
         return "".join(part if at % 2 else self._normalize(part) for at, part in enumerate(parts))
 
     def _normalize(self, text: str) -> str:
@@ -143,8 +155,7 @@ class TextNormalizer:
         return text
 
 
-def _special_pattern(metadata: Mapping[str, Value]) -> str:
-    kinds = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+def _special_pattern(metadata: Mapping[str, Value], kinds: Sequence[TokenType]) -> str:
     pairs = zip(
         metadata["tokenizer.ggml.tokens"].value,
         metadata["tokenizer.ggml.token_type"].value,

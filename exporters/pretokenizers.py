@@ -8,7 +8,7 @@ model with a vocabulary of its own is recognised as long as it splits text in a 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,14 +114,16 @@ TABLE: dict[tuple[str, ...], tuple[PreTokenizer, ...]] = {
 
 
 def recognise(
-    pre_tokenizer: Mapping[str, Any] | None, ignore_merges: bool, flag_matters: bool = True
+    pre_tokenizer: Mapping[str, Any] | None,
+    ignore_merges: bool,
+    flag_matters: Callable[[], bool] = lambda: True,
 ) -> PreTokenizer:
     """Find the pre-tokenizer that splits like ``pre_tokenizer`` of a tokenizer.json.
 
     Args:
         pre_tokenizer: The entry of tokenizer.json.
         ignore_merges: The flag of its model.
-        flag_matters: Whether the other setting of it would give other tokens.
+        flag_matters: Says whether the other setting would give other tokens; asked if need be.
 
     Raises:
         UnsupportedError: llama.cpp has no such pre-tokenizer; the message shows the steps.
@@ -137,7 +139,7 @@ def recognise(
     for candidate in found:
         if candidate.ignore_merges == ignore_merges:
             return candidate
-    if not flag_matters:
+    if not flag_matters():
         return found[0]
     raise UnsupportedError(
         f"tokenizer.json has ignore_merges {str(ignore_merges).lower()}, llama.cpp's pre-tokenizer "

@@ -13,12 +13,18 @@ from typing import Any
 from gguf import TokenType
 
 from edgekit.errors import RefusedError, UnsupportedError
-from edgekit.exporters.normalizers import Normalization
-from edgekit.exporters.vocabulary import UNUSED_SCORE, Vocabulary
+from edgekit.exporters.normalizers import SPACE, Normalization
+from edgekit.exporters.vocabulary import (
+    UNIGRAM_BYTES,
+    UNIGRAM_TIES,
+    UNUSED_SCORE,
+    WRITTEN_SPACE,
+    Vocabulary,
+)
 
 MAX_FILE_BYTES = 64 * 1024**2  # that of Gemma, with 262 144 pieces, has 4.7 MB
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # fields of ModelProto
-_UNIGRAM, _BPE = 1, 2  # TrainerSpec.model_type
+_UNIGRAM, _BPE = 1, 2  # TrainerSpec.model_type, field 3; field 35 is byte_fallback
 _KINDS = {
     1: TokenType.NORMAL,
     2: TokenType.UNKNOWN,
@@ -74,6 +80,11 @@ def _read(data: bytes, config: Mapping[str, Any]) -> Vocabulary:
         normalization=_normalization(normalizer),
         charsmap=bytes(normalizer.get(2, b"")) if kind == _UNIGRAM else b"",
     )
+    spaces = (text for text, _, kind in pieces if kind == TokenType.USER_DEFINED and " " in text)
+    if any(spaces):
+        vocabulary.differs.append(WRITTEN_SPACE)
+    if kind == _UNIGRAM:
+        vocabulary.differs += [UNIGRAM_TIES, *([UNIGRAM_BYTES] if trainer.get(35) else [])]
     _check_bytes(vocabulary)
     _add_from_config(vocabulary, config)
     return vocabulary
@@ -82,7 +93,10 @@ def _read(data: bytes, config: Mapping[str, Any]) -> Vocabulary:
 def _piece(value: Any) -> tuple[str, float, TokenType]:
     fields = dict(_fields(value))
     score = struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0
-    return bytes(fields[1]).decode("utf-8"), score, _KINDS[fields.get(3, 1)]
+    text, kind = bytes(fields[1]).decode("utf-8"), _KINDS[fields.get(3, 1)]
+    if kind == TokenType.USER_DEFINED:
+        text = text.replace(SPACE, " ")  # llama.cpp looks for these before it escapes spaces
+    return text, score, kind
 
 
 def _normalization(fields: Mapping[int, Any]) -> Normalization:

@@ -7,6 +7,7 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,11 @@ def check_tokenizer(
     if texts is None:
         texts = pieces_for(_special_texts(header))
     differs = vocabulary_of(read_tokenizer_files(folder)).differs
-    prepare = TextNormalizer(header.metadata)
+    parse_special = (folder / "tokenizer.json").is_file()  # `sentencepiece` never does
+    prepare = partial(TextNormalizer(header.metadata), parse_special=parse_special)
     faults: list[str] = []
     n_unprepared = 0
-    with llama_encoder(gguf_path) as encode:
+    with llama_encoder(gguf_path, parse_special) as encode:
         for text in texts:
             fault = _first_fault(text, reference, encode, prepare)
             if fault:
@@ -170,10 +172,12 @@ def _sentencepiece_encoder(path: Path, header: Gguf) -> Encode:
 
 
 @contextmanager
-def llama_encoder(gguf_path: Path) -> Iterator[Encode]:
+def llama_encoder(gguf_path: Path, parse_special: bool = True) -> Iterator[Encode]:
     """Load only the vocabulary of a GGUF into llama.cpp and yield its tokenizer.
 
-    Special tokens written out in a text are recognised, as `tokenizers` does.
+    Args:
+        gguf_path: A GGUF whose header `read_header` has accepted.
+        parse_special: Read the texts of special tokens as such, as `tokenizers` does.
 
     Raises:
         RefusedError: llama.cpp does not load the vocabulary.
@@ -191,16 +195,16 @@ def llama_encoder(gguf_path: Path) -> Iterator[Encode]:
             raise RefusedError(f"llama.cpp does not load the vocabulary of {gguf_path}: {why}")
         try:
             vocab = lib.llama_model_get_vocab(model)
-            yield lambda text, add_special: _encode(lib, vocab, text, add_special)
+            yield partial(_encode, lib, vocab, parse_special)
         finally:
             lib.llama_model_free(model)
 
 
-def _encode(lib: Any, vocab: Any, text: str, add_special: bool) -> list[int]:
+def _encode(lib: Any, vocab: Any, parse_special: bool, text: str, add_special: bool) -> list[int]:
     data = text.encode("utf-8")
     size = len(data) + 16  # no more tokens than bytes, and what is put around
     ids = (ctypes.c_int32 * size)()
-    n = lib.llama_tokenize(vocab, data, len(data), ids, size, add_special, True)
+    n = lib.llama_tokenize(vocab, data, len(data), ids, size, add_special, parse_special)
     assert n >= 0, "a text has no more tokens than bytes"
     return list(ids[:n])
 

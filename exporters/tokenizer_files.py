@@ -78,7 +78,7 @@ def _read_text(path: Path, limit: int) -> str:
     if n_bytes > limit:
         raise RefusedError(f"{path} has {n_bytes} bytes, at most {limit} are read")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8")  # read_text would change line ends
     except UnicodeDecodeError as error:
         raise RefusedError(f"{path} is no valid UTF-8; get the file again") from error
 

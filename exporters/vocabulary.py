@@ -22,6 +22,9 @@ from edgekit.exporters.normalizers import SPACE, Normalization, read_normalizati
 from edgekit.exporters.pretokenizers import recognise
 
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+WRITTEN_SPACE = f"llama.cpp reads the character {SPACE} written in a text as a space"
+UNIGRAM_BYTES = "llama.cpp's unigram tokenizer gives <unk>, not bytes, for what it has no piece of"
+UNIGRAM_TIES = "of two equally likely ways to cut a word llama.cpp may take the other"
 UNUSED_SCORE = -1000.0  # below every token that can be chosen; what llama.cpp's converter writes
 
 
@@ -72,6 +75,7 @@ def read_vocabulary(tokenizer: Mapping[str, Any]) -> Vocabulary:
             f"tokenizer.json holds a {kind} model, needs BPE or Unigram; convert another model"
         )
     _add_added_tokens(vocabulary, tokenizer["added_tokens"])
+    vocabulary.differs = list(dict.fromkeys(vocabulary.differs))
     _note_stripping(vocabulary, tokenizer["added_tokens"])
     return vocabulary
 
@@ -81,7 +85,9 @@ def _has_bytes_as_characters(tokenizer: Mapping[str, Any]) -> bool:
 
 
 def _by_id(vocab: Mapping[str, int]) -> dict[int, str]:
-    return {number: token for token, number in vocab.items()}
+    """Turn the vocabulary around; of two texts with one id (Gemma's tab) the byte token stays."""
+    ordered = sorted(vocab.items(), key=lambda item: bool(BYTE_TOKEN.fullmatch(item[0])))
+    return {number: token for token, number in ordered}
 
 
 def _check_plain_bpe(model: Mapping[str, Any]) -> None:
@@ -107,8 +113,9 @@ def _byte_level(tokenizer: Mapping[str, Any], normalization: Normalization) -> V
     _check_plain_bpe(model)
     merges = _merges(model)
     ignores = bool(model.get("ignore_merges"))
-    matters = not merges_reach_every_token(model)
-    found = recognise(tokenizer.get("pre_tokenizer"), ignores, matters)
+    found = recognise(
+        tokenizer.get("pre_tokenizer"), ignores, lambda: not merges_reach_every_token(model)
+    )
     return Vocabulary(
         model="gpt2",
         pre=found.name,
@@ -234,9 +241,9 @@ def _unigram(tokenizer: Mapping[str, Any], normalization: Normalization) -> Voca
     unknown = model.get("unk_id")
     if unknown is None:
         raise UnsupportedError("tokenizer.json's Unigram model has no unk_id, llama.cpp needs one")
-    differs = _prefix_differs(normalization)
+    differs = [UNIGRAM_TIES, *_prefix_differs(normalization)]
     if model.get("byte_fallback"):
-        differs.append("llama.cpp's unigram tokenizer gives <unk>, not bytes, for what it lacks")
+        differs.append(UNIGRAM_BYTES)
     kinds = {
         n: TokenType.BYTE for n, (piece, _) in enumerate(pieces) if BYTE_TOKEN.fullmatch(piece)
     }
@@ -274,7 +281,8 @@ def _add_added_tokens(vocabulary: Vocabulary, added: Sequence[Mapping[str, Any]]
             unknown = vocabulary.kinds.get(number) == TokenType.UNKNOWN
             kind = TokenType.UNKNOWN if unknown else TokenType.CONTROL
         elif SPACE in text and number in vocabulary.tokens:
-            kind = TokenType.NORMAL  # SentencePiece's runs of spaces: merges make them, text not
+            kind = TokenType.NORMAL  # SentencePiece's runs of spaces: merges make them
+            vocabulary.differs.append(WRITTEN_SPACE)
         else:
             kind = TokenType.USER_DEFINED
         vocabulary.tokens[number] = text
