@@ -18,52 +18,42 @@ VOCAB = 320
 # narrow: hidden and feed-forward widths that are no multiple of 256, one of them not of 32 either
 WIDTHS = {"narrow": (96, 176), "wide": (256, 512)}
 
-# per architecture, on top of `_base`
+# per architecture, over what `_fields` starts with; narrow experts are 80 and 112 wide
 SPECIAL: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 80,
-        "shared_expert_intermediate_size": 112,
-    },
-    "qwen3_moe": {
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 80,
-        "norm_topk_prob": True,
-    },
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": None},
+    "qwen2_moe": {"num_experts": 6, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "phi3": {"pad_token_id": 0, "original_max_position_embeddings": 512},
-    "gemma2": {"sliding_window": 16},
-    "gemma3_text": {"sliding_window": 16, "num_hidden_layers": 7},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 24},
+    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 24, "num_hidden_layers": 7},
     "smollm3": {"num_hidden_layers": 4, "pad_token_id": 0},
 }
 
 
-def _base(model_type: str, width: str) -> dict[str, Any]:
+def _fields(model_type: str, width: str) -> dict[str, Any]:
     hidden, ffn = WIDTHS[width]
     heads = 6 if width == "narrow" else 8
-    base: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": hidden,
         "intermediate_size": ffn,
         "num_hidden_layers": 2,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads // 2,
+        # llama.cpp's OLMoE has no grouped queries
+        "num_key_value_heads": heads if model_type == "olmoe" else heads // 2,
         "max_position_embeddings": 512,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": None,
     }
     if model_type in ("qwen3", "qwen3_moe", "gemma2", "gemma3_text"):
-        base["head_dim"] = 24  # not hidden / heads
-    if model_type in ("gemma2", "gemma3_text"):
-        base["query_pre_attn_scalar"] = 24
-    if width == "wide" and model_type in ("qwen2_moe", "qwen3_moe"):
-        base["moe_intermediate_size"] = base["shared_expert_intermediate_size"] = 256
-    return base
+        fields["head_dim"] = 24  # not hidden / heads
+    if model_type in ("qwen2_moe", "qwen3_moe"):
+        fields["moe_intermediate_size"] = 80 if width == "narrow" else 256
+        fields["shared_expert_intermediate_size"] = 112 if width == "narrow" else 256
+    return fields | SPECIAL.get(model_type, {})
 
 
 def make_checkpoint(
@@ -87,15 +77,7 @@ def make_checkpoint(
         save: Arguments of ``save_pretrained``, such as ``max_shard_size``.
         overrides: Fields of the config.
     """
-    assert model_type in ARCHS
-    special = {k: v for k, v in SPECIAL.get(model_type, {}).items()}
-    base = _base(model_type, width)
-    fields = {**special, **base, **{k: v for k, v in special.items() if k in base}, **overrides}
-    if width == "wide":  # experts too
-        fields |= {k: v for k, v in base.items() if k.endswith("_intermediate_size")}
-        fields |= overrides
-    if "num_key_value_heads" in special and "num_key_value_heads" not in overrides:
-        fields["num_key_value_heads"] = fields["num_attention_heads"]
+    fields = _fields(model_type, width) | overrides
     config = transformers.AutoConfig.for_model(model_type, **fields)
     config.architectures = [ARCHS[model_type].class_name]
     torch.manual_seed(seed)

@@ -11,6 +11,7 @@ from edgekit.arch.table import ARCHS, Arch
 from edgekit.errors import RefusedError, UnsupportedError
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS; more end the process in a failed assertion
+EXPERT_KEYS = ("num_experts", "num_local_experts")  # transformers takes either
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 MAX_WIDTH = 1 << 22  # hidden and feed-forward; the largest published are about 2**17
 MAX_HEADS = 1 << 12
@@ -64,7 +65,7 @@ def find_arch(config: Mapping[str, Any]) -> Arch:
     if model_type is None and isinstance(name, str) and name in by_class:
         return by_class[name]
     shown = name if isinstance(name, str) else model_type
-    close = get_close_matches(str(shown)[:100], known, n=1)
+    close = get_close_matches(str(shown)[:100], known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
     raise UnsupportedError(
         f"unknown architecture {shown!r:.100}; {hint}edgekit converts {', '.join(known)}"
@@ -129,8 +130,10 @@ def _experts(arch: Arch, fields: Fields, sizes: dict[str, int]) -> tuple[int, in
         sizes["ff2"] = 2 * sizes["ff"]
     if arch.expert_ff is None:
         return 0, 0
-    key = "num_local_experts" if fields.get("num_local_experts") is not None else "num_experts"
-    n_experts = fields.integer(key, 1, MAX_EXPERTS)
+    keys = [key for key in EXPERT_KEYS if fields.get(key) is not None] or ["num_experts"]
+    n_experts = fields.integer(keys[0], 1, MAX_EXPERTS)
+    if fields.get(keys[-1], n_experts) != n_experts:
+        raise fields.bad(keys[-1], fields.get(keys[-1]), f"the {n_experts} of '{keys[0]}'")
     sizes["experts"] = n_experts
     sizes["ffe"] = fields.integer(arch.expert_ff, 1, MAX_WIDTH)
     if "FFN_UP_SHEXP.weight" in arch.tensors:
@@ -168,6 +171,10 @@ def _check_graph(
                 f"{fields.name}: query_pre_attn_scalar is {got:g}; "
                 f"llama.cpp scales the scores of this model by {want}"
             )
+    if arch.model_type == "gemma2" and not any(_windows(arch, fields, n_layers)):
+        raise UnsupportedError(  # a failed assertion in llama.cpp, which would end the process
+            f"{fields.name}: no layer attends in a window; llama.cpp's gemma2 graph needs one"
+        )
     if arch.model_type == "gemma2":
         fields.number("attn_logit_softcapping", 0.0, 1e6)
         fields.number("final_logit_softcapping", 0.0, 1e6)

@@ -172,9 +172,9 @@ def _window_metadata(arch: Arch, hyper: Hyper) -> dict[str, Value]:
     """Window and, where it is not the graph's own, the pattern of windowed layers."""
     if arch.model_type == "phi3":  # 0 keeps llama.cpp from guessing; its graph has no window
         return {Keys.Attention.SLIDING_WINDOW: u32(0)}
-    if hyper.window is None and arch.model_type != "gemma2":
+    if hyper.window is None:
         return {}
-    values = {Keys.Attention.SLIDING_WINDOW: u32(hyper.window or hyper.context)}
+    values = {Keys.Attention.SLIDING_WINDOW: u32(hyper.window)}
     usual = tuple((i + 1) % arch.window_every != 0 for i in range(hyper.n_layers))
     if hyper.windowed != usual:
         pattern = array(GGUFValueType.BOOL, hyper.windowed)

@@ -55,7 +55,7 @@ def read_rope(arch: Arch, fields: Fields, head: int, context: int) -> Rope:
     kind = inner.get("rope_type", inner.get("type", "default"))
     if arch.model_type == "phi3" and kind in ("su", "yarn"):
         kind = "longrope"  # what Phi-3's first configs called it
-    if kind not in arch.rope_scaling | {"default"}:
+    if not isinstance(kind, str) or kind not in arch.rope_scaling | {"default"}:
         raise UnsupportedError(
             f"{fields.name}: RoPE scaling {kind!r:.80} is not one that llama.cpp's "
             f"{arch.model_type} graph computes as transformers does; it has "
