@@ -1,15 +1,20 @@
-"""Measure what budgets buy: KL divergence and perplexity at a dozen sizes."""
+"""Measure what budgets buy: an artifact's KL divergence and perplexity, at one depth or a dozen."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 
-from edgekit.artifact import Artifact
+from edgekit.artifact import Artifact, open_artifact
 from edgekit.assembly import Assembly
-from edgekit.evaluate import Reference, evaluate
-from edgekit.manifest import Json
+from edgekit.errors import UsageError
+from edgekit.evaluate import CONTEXT, Quality, Reference, Source, evaluate, perplexity
+from edgekit.manifest import MANIFEST_NAME, Json
+from edgekit.plan import plan_budget, plan_tier
 from edgekit.planner import Depths, fill, uniform
 from edgekit.progress import Progress
-from edgekit.samples import HELDOUT_TEXT
+from edgekit.samples import heldout_text
+from edgekit.text import read_text
 
 N_SIZES = 12
 N_TOKENS = 4096  # a dozen passes over them take minutes for a model of 1 B weights on two cores
@@ -21,18 +26,77 @@ def measure(artifact: Artifact, progress: Progress) -> tuple[Json, ...]:
     The reference is the highest depth of every tensor: the original values when ``source`` is among
     the tiers.
     """
-    sizes = list(dict.fromkeys(depths.weights_bytes for depths in _sizes(artifact)))
+    sizes = list(_sizes(artifact))
     progress.start("measure", len(sizes) + 1)
-    text = HELDOUT_TEXT.read_text(encoding="utf-8")
-    top = uniform(artifact.stacks, lambda stack: stack.tiers[-1])
-    rows = []
-    with Reference.open(Assembly(artifact, top), text, n_tokens=N_TOKENS) as reference:
+    top, rows = Assembly(artifact, _highest(artifact)), []
+    with Reference.open(top, heldout_text(), n_tokens=N_TOKENS) as reference:
         progress.advance(1)
-        for depths in _sizes(artifact):
+        for depths in sizes:
             quality = evaluate(Assembly(artifact, depths), reference)
             rows.append(_row(artifact, depths, asdict(quality)))
             progress.advance(1)
     return tuple(rows)
+
+
+def evaluate_path(
+    model: Path,
+    text: Path,
+    *,
+    tier: str | None = None,
+    budget: int | None = None,
+    reference: Path | None = None,
+    context: int = CONTEXT,
+) -> Quality:
+    """Score an artifact or a GGUF on a text.
+
+    Args:
+        model: The folder of an artifact, or a GGUF.
+        text: UTF-8 file.
+        tier: Of an artifact: every tensor at this tier.
+        budget: Of an artifact: the plan for a process of that many bytes; without either, its
+            highest depth.
+        reference: GGUF, checkpoint or artifact to compare with; ``None`` takes an artifact's own
+            highest depth, and compares a GGUF with nothing.
+        context: Tokens per chunk.
+
+    Raises:
+        UsageError: A tier or budget is given for a GGUF, or the two models have other tokens.
+    """
+    words = read_text(text)
+    with ExitStack() as stack:
+        if model.is_dir():
+            artifact = stack.enter_context(open_artifact(model))
+            source: Source = Assembly(artifact, _depths(artifact, tier, budget))
+            other: Source | None = Assembly(artifact, _highest(artifact))
+        elif tier is None and budget is None:
+            source, other = model, None
+        else:
+            raise UsageError(f"{model} has one depth; --tier and --budget are for artifacts")
+        if reference is not None:
+            other = _source(reference, stack)
+        if other is None:
+            return perplexity(source, words, context=context)
+        opened = stack.enter_context(Reference.open(other, words, context=context))
+        return evaluate(source, opened)
+
+
+def _depths(artifact: Artifact, tier: str | None, budget: int | None) -> Depths:
+    if tier is not None:
+        return plan_tier(artifact, tier).depths
+    if budget is not None:
+        return plan_budget(artifact, budget).depths
+    return _highest(artifact)
+
+
+def _source(path: Path, stack: ExitStack) -> Source:
+    if not (path / MANIFEST_NAME).is_file():
+        return path
+    artifact = stack.enter_context(open_artifact(path))
+    return Assembly(artifact, _highest(artifact))
+
+
+def _highest(artifact: Artifact) -> Depths:
+    return uniform(artifact.stacks, lambda stack: stack.tiers[-1])
 
 
 def _sizes(artifact: Artifact) -> Iterator[Depths]:
@@ -63,4 +127,4 @@ def _row(artifact: Artifact, depths: Depths, quality: Json) -> Json:
 
 
 def _rounded(value: float) -> float:
-    return float(f"{value:.5g}")
+    return float(f"{max(value, 0.0):.5g}")  # a KL of equal models may round below 0

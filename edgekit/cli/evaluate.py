@@ -31,6 +31,7 @@ def evaluate(
     budget: int | None,
     reference: Path | None,
     text: Path,
+    runtime: str,
     context: int,
     as_json: bool,
     verbose: bool,
@@ -44,11 +45,14 @@ def evaluate(
         edgekit eval llama-edge --tier Q4_K --text heldout.txt
         edgekit eval phone.gguf --reference source.gguf --text heldout.txt
     """
-    from edgekit.evaluation import evaluate_path
+    from edgekit.measure import evaluate_path
 
     if tier is not None and budget is not None:
         raise UsageError("--tier and --budget exclude each other; give one")
-    quality = asdict(evaluate_path(model, text, tier, budget, reference, context))
+    found = evaluate_path(
+        model, text, tier=tier, budget=budget, reference=reference, context=context
+    )
+    quality = asdict(found)
     if as_json:
         print_json(quality)
         return
