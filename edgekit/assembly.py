@@ -27,6 +27,7 @@ from edgekit.planner import Depths
 from edgekit.stack import Level, Stack
 
 ByteArray = npt.NDArray[np.uint8]
+_NOTHING = memoryview(b"")
 RELEASE_EVERY = 64  # pieces after which the artifact's pages are handed back
 
 
@@ -55,24 +56,23 @@ class Assembly:
         self._pieces = list(self._lay_out())
         self._offsets = [piece.offset for piece in self._pieces]
         self.size = self._pieces[-1].offset + self._pieces[-1].n_bytes
-        self._position, self._stream = 0, self.stream()
+        self._position, self._stream, self._rest = 0, self.stream(), _NOTHING
 
     def read(self, offset: int, n_bytes: int) -> bytes:
         """The bytes ``[offset, offset + n_bytes)``, fewer at the end; fast when read in order."""
         if offset != self._position:
-            self._position, self._stream = offset, self.stream(offset)
-        n_bytes = max(0, min(n_bytes, self.size - offset))
-        got, have = [], 0
-        while have < n_bytes:
-            block = next(self._stream)
-            got.append(block)
-            have += len(block)
-        if have > n_bytes:
-            rest = got[-1][len(got[-1]) - (have - n_bytes) :]
-            got[-1] = got[-1][: len(got[-1]) - len(rest)]
-            self._stream = _chain(rest, self._stream)
-        self._position = offset + n_bytes
-        return b"".join(got)
+            self._rest, self._stream = _NOTHING, self.stream(offset)
+        self._position = -1  # until all of it is here: what fails is tried anew
+        left = max(0, min(n_bytes, self.size - offset))
+        got = []
+        while left:
+            block = self._rest or next(self._stream)
+            got.append(block[:left])
+            self._rest = block[left:]
+            left -= len(got[-1])
+        data = b"".join(got)
+        self._position = offset + len(data)
+        return data
 
     def write_to(self, file: BinaryIO) -> None:
         """Write the whole file."""
@@ -152,8 +152,3 @@ class Assembly:
 
 def _view(data: bytes) -> memoryview:
     return memoryview(data)
-
-
-def _chain(first: memoryview, rest: Iterator[memoryview]) -> Iterator[memoryview]:
-    yield first
-    yield from rest

@@ -1,13 +1,35 @@
 """Settings for the whole suite: no network, few threads, the same examples on every run."""
 
 import os
+from pathlib import Path
 
 # Before anything imports torch or tokenizers; the suite runs on small machines.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("edgekit", deadline=None, derandomize=True, database=None)
 settings.load_profile("edgekit")
+
+
+@pytest.fixture(scope="session")
+def llama_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with rows of 256 as an artifact of the default tiers; to be read only."""
+    from converted import tiny, weighted
+
+    folder = tmp_path_factory.mktemp("llama")
+    checkpoint = tiny(folder / "checkpoint", dtype="bfloat16", width="wide", num_hidden_layers=1)
+    return weighted(checkpoint, folder / "artifact").artifact
+
+
+@pytest.fixture(scope="session")
+def moe_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-MoE with narrow rows as an artifact of the default tiers; to be read only."""
+    from converted import plain, tiny
+
+    folder = tmp_path_factory.mktemp("moe")
+    checkpoint = tiny(folder / "checkpoint", "qwen3_moe", dtype="bfloat16")
+    return plain(checkpoint, folder / "artifact").artifact
