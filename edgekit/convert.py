@@ -17,7 +17,7 @@ from edgekit.arch import Mapping, SourceTensor, map_checkpoint
 from edgekit.artifact import open_artifact
 from edgekit.checkpoint import Checkpoint
 from edgekit.codecs.chunks import CHUNK_WEIGHTS
-from edgekit.convert_options import Options, check_tiers
+from edgekit.convert_options import Options, check_options
 from edgekit.convert_report import Report, report_of, tier_bytes
 from edgekit.disk import disk_full_reported, require_free
 from edgekit.encode import Job, chain_of, encode_tensor
@@ -54,7 +54,7 @@ def convert(
         RefusedError: The checkpoint is unsafe, corrupt or of an unknown kind.
     """
     started = time.monotonic()
-    check_tiers(options.tiers)
+    check_options(options)
     checkpoint = Checkpoint.open(folder)
     spool = Spool(output.with_name(f".{output.name}.partial"))
     if options.resume and output.exists() and spool.is_published(output.name):
@@ -256,7 +256,7 @@ def _plain(value: object) -> object:
 
 def preview(folder: Path, output: Path, options: Options) -> Report:
     """What `convert` would make: memory to the byte, the artifact's size estimated."""
-    check_tiers(options.tiers)
+    check_options(options)
     checkpoint = Checkpoint.open(folder)
     _require_free_name(output, options)
     mapping = map_checkpoint(checkpoint)

@@ -42,6 +42,21 @@ class Options:
     force: bool = False
 
 
+def check_options(options: Options) -> None:
+    """Check what can be told before the checkpoint is opened.
+
+    Raises:
+        UsageError: The tiers are no chain, or the first needs statistics that are switched off.
+    """
+    check_tiers(options.tiers)
+    lowest = options.tiers[0]
+    if not options.statistics and lowest != SOURCE and TYPES[lowest].needs_imatrix:
+        raise UsageError(
+            f"tier {lowest} cannot be quantized without an importance matrix; leave "
+            "--no-calibration out, or give --imatrix FILE"
+        )
+
+
 def check_tiers(tiers: Sequence[str]) -> None:
     """Check that ``tiers`` are a chain that a codec can build.
 

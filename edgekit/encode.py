@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from edgekit.codecs import CODECS
 from edgekit.codecs.chunks import frame, row_ranges
-from edgekit.errors import RefusedError
-from edgekit.kernels.ggml import dequantize, quantize, type_for
+from edgekit.errors import RefusedError, UsageError
+from edgekit.kernels.ggml import TYPES, dequantize, quantize, row_bytes, type_for
 from edgekit.spool import TensorRecord
 from edgekit.stack import SOURCE
 
@@ -74,13 +74,27 @@ class _Chunk:
     energy: float  # weighted square of the weights
 
 
-def chain_of(source: Source, tiers: Sequence[str]) -> tuple[str, ...]:
-    """The tiers of one tensor: the asked ones, or llama-quantize's fallbacks for narrow rows."""
+def chain_of(source: Source, tiers: Sequence[str], has_weights: bool = True) -> tuple[str, ...]:
+    """The tiers of one tensor: the asked ones, or llama-quantize's fallbacks for narrow rows.
+
+    Without weights for its columns a tensor leaves out the tiers that ggml cannot do without.
+
+    Raises:
+        UsageError: That leaves none.
+    """
     if not source.quantizable:
         return (SOURCE,)
-    types = (tier if tier == SOURCE else type_for(tier, source.shape[-1]) for tier in tiers)
+    cols = source.shape[-1]
+    types = [tier if tier == SOURCE else type_for(tier, cols) for tier in tiers]
     chain = dict.fromkeys(SOURCE if kind == source.source_type else kind for kind in types)
-    return tuple(tier for tier in chain if tier != SOURCE) + ((SOURCE,) if SOURCE in chain else ())
+    kept = [t for t in chain if t != SOURCE and (has_weights or not TYPES[t].needs_imatrix)]
+    if not kept and SOURCE not in chain:
+        raise UsageError(
+            f"the importance matrix has nothing on {source.name}, and {', '.join(chain)} cannot do "
+            "without; add a tier above it"
+        )
+    kept.sort(key=lambda kind: row_bytes(kind, cols))  # fallbacks may come in another order
+    return (*kept, SOURCE) if SOURCE in chain else tuple(kept)
 
 
 def encode_tensor(
@@ -98,7 +112,7 @@ def encode_tensor(
     Raises:
         RefusedError: A weight is NaN or infinite.
     """
-    chain = chain_of(source, job.tiers)
+    chain = chain_of(source, job.tiers, job.imatrix is not None)
     n_experts = source.shape[0] if len(source.shape) == 3 else 1
     rows = int(np.prod(source.shape[:-1])) // n_experts
     ranges = row_ranges(rows, source.shape[-1], job.chunk_weights)

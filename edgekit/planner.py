@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgekit.errors import DoesNotFitError
-from edgekit.kernels.ggml import row_bytes, type_for
+from edgekit.kernels.ggml import TYPES, row_bytes, type_for
 from edgekit.manifest import Order
 from edgekit.sizes import format_size
 from edgekit.stack import SOURCE, Level, Stack
@@ -107,8 +107,8 @@ class Depths:
 def tier_at(stack: Stack, tier: str) -> str:
     """The tier this stack has when the whole model is asked for ``tier``.
 
-    Narrow rows have the type that llama-quantize falls back to, and what is never quantized has its
-    one tier.
+    Narrow rows have the type that llama-quantize falls back to, what is never quantized has its one
+    tier, and a tensor without the statistics that ``tier`` needs has its lowest.
 
     Raises:
         UsageError: The chain was converted without that tier, or its levels are not all here.
@@ -118,6 +118,8 @@ def tier_at(stack: Stack, tier: str) -> str:
     wanted = tier if tier == SOURCE else type_for(tier, stack.cols)
     if wanted == stack.source_type:
         wanted = SOURCE
+    if wanted not in stack.tiers and wanted != SOURCE and TYPES[wanted].needs_imatrix:
+        return stack.tiers[0]
     stack.depth_of(wanted)
     return wanted
 
