@@ -314,6 +314,7 @@ BAD_FIELDS: list[tuple[str, str, Any]] = [
     ("llama", "rope_parameters", {"rope_type": "llama3", "factor": 8}),
     ("llama", "rope_parameters", LLAMA3 | {"high_freq_factor": 1.0}),
     ("llama", "rope_parameters", LLAMA3 | {"low_freq_factor": None}),
+    ("llama", "rope_parameters", {"rope_type": "yarn", "factor": 0.5}),
     *(
         ("phi3", "rope_parameters", {"rope_type": "longrope", "long_factor": long, **short})
         for short in ({}, {"short_factor": [1.0] * 8})
@@ -347,6 +348,7 @@ def test_a_bad_field_is_refused(model_type: str, field: str, value: Any, made: A
     assert "\n" not in str(caught.value)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 # what llama.cpp's graphs compute otherwise than transformers would
 OTHERWISE: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"hidden_act": "gelu"}),
@@ -356,6 +358,11 @@ OTHERWISE: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}),
     ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
     ("qwen3", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}),
+    ("qwen3", {"rope_parameters": YARN | {"beta_fast": 16}}),
+    ("qwen3", {"rope_parameters": YARN | {"mscale": 0.7}}),
+    ("qwen3", {"rope_parameters": YARN | {"attention_factor": 1.0}}),
+    ("qwen3", {"rope_parameters": YARN | {"truncate": False}}),
+    ("gemma2", {"rope_parameters": YARN}),
     ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 8.0}}),
     ("qwen2", {"head_dim": 32}),
     ("olmo2", {"head_dim": 32}),

@@ -96,6 +96,12 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 def longrope(n: int) -> dict[str, Any]:
@@ -107,6 +113,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied": ("llama", {"tie_word_embeddings": True}),
     "llama with Llama-3 RoPE": ("llama", {"rope_parameters": LLAMA3, "head_dim": 32}),
     "llama with linear RoPE": ("llama", {"rope_parameters": LINEAR}),
+    "llama with YaRN": ("llama", {"rope_parameters": YARN, "head_dim": 64}),
+    "qwen2 with YaRN": ("qwen2", {"rope_parameters": YARN}),
+    "qwen3 with YaRN": ("qwen3", {"rope_parameters": YARN, "head_dim": 64}),
+    "smollm3 with YaRN": ("smollm3", {"rope_parameters": YARN}),
+    "olmo2 with YaRN": ("olmo2", {"rope_parameters": YARN}),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama with a head width of its own": ("llama", {"head_dim": 40}),
     "llama without grouped queries": ("llama", {"num_key_value_heads": 6}),
@@ -228,6 +239,7 @@ def to_transformers_4(config: dict[str, Any]) -> None:
     [
         ("llama", {"rope_parameters": LLAMA3}),
         ("qwen2", {"rope_parameters": LINEAR}),
+        ("qwen3", {"rope_parameters": YARN}),
         ("phi3", {"rope_parameters": longrope(8), "original_max_position_embeddings": 32}),
         ("gemma3_text", {}),
         ("smollm3", {}),

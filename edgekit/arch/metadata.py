@@ -158,9 +158,11 @@ def _rope_metadata(rope: Rope, context: int, name: str) -> dict[str, Value]:
     }
     if rope.local_theta is not None:
         values[Keys.Rope.FREQ_BASE_SWA] = f32(rope.local_theta)
-    if rope.kind == "linear":
-        values[Keys.Rope.SCALING_TYPE] = string(RopeScalingType.LINEAR.value)
+    if rope.kind in ("linear", "yarn"):
+        values[Keys.Rope.SCALING_TYPE] = string(rope.kind)
         values[Keys.Rope.SCALING_FACTOR] = f32(rope.factor)
+    if rope.kind == "yarn":
+        values[Keys.Rope.SCALING_ORIG_CTX_LEN] = u32(rope.original_context)
     if rope.kind == "longrope":
         values[Keys.Rope.SCALING_TYPE] = string(RopeScalingType.LONGROPE.value)
         values[Keys.Rope.SCALING_ORIG_CTX_LEN] = u32(rope.original_context)

@@ -12,6 +12,9 @@ from edgekit.arch.fields import MAX_CONTEXT, Fields
 from edgekit.arch.table import Arch
 from edgekit.errors import UnsupportedError
 
+SCALED = ("linear", "llama3", "yarn")  # kinds that need a factor
+YARN_USUAL = {"beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None}
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -19,7 +22,7 @@ class Rope:
 
     Attributes:
         theta: Base of the frequencies; ``local_theta``: that of windowed layers, if another.
-        kind: ``default``, ``linear``, ``llama3`` or ``longrope``.
+        kind: ``default``, ``linear``, ``yarn``, ``llama3`` or ``longrope``.
         factor: Scaling factor (1 where there is none).
         dims: How many of a head's values rotate.
         fields: The other numbers of the scaling, checked where they are used.
@@ -64,11 +67,13 @@ def read_rope(arch: Arch, fields: Fields, head: int, context: int) -> Rope:
     part = rope.number(
         "partial_rotary_factor", 0, 1, default=fields.number("partial_rotary_factor", 0, 1, 1.0)
     )
+    if kind == "yarn":
+        _check_yarn(arch, rope)
     original = Fields({**inner, **_given(fields.config)}, {}, fields.name)
     return Rope(
         theta=rope.number("rope_theta", 0.0, 1e12),
         kind=kind,
-        factor=rope.number("factor", 0.0, 1e6) if kind in ("linear", "llama3") else 1.0,
+        factor=rope.number("factor", 0.0, 1e6) if kind in SCALED else 1.0,
         dims=_rotary_dims(arch, fields, head, part),
         fields=inner,
         original_context=original.integer(
@@ -76,6 +81,26 @@ def read_rope(arch: Arch, fields: Fields, head: int, context: int) -> Rope:
         ),
         local_theta=local,
     )
+
+
+def _check_yarn(arch: Arch, rope: Fields) -> None:
+    """llama.cpp's graphs of these architectures compute YaRN with the paper's constants only."""
+    usual = {**YARN_USUAL, "truncate": True}
+    factor = rope.number("factor", 0.0, 1e6)
+    if factor < 1.0:
+        raise rope.bad("factor", factor, "at least 1 for YaRN")
+    attention = 0.1 * math.log(factor) + 1.0  # arXiv:2309.00071, equation 22
+    if rope.get("attention_factor") is not None:
+        given = rope.number("attention_factor", 0.0, 1e6)
+        if not math.isclose(given, attention, rel_tol=1e-4):
+            usual["attention_factor"] = attention
+    for key, value in usual.items():
+        got = rope.get(key)
+        if got is not None and got != value:
+            raise UnsupportedError(
+                f"{rope.name}: YaRN with '{key}' {got!r:.80}; "
+                f"llama.cpp's {arch.model_type} graph computes it with {value!r:.80}"
+            )
 
 
 def _given(config: Mapping[str, Any]) -> dict[str, Any]:

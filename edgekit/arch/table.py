@@ -74,7 +74,7 @@ class Arch:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     activation: str = "silu"
     activation_key: str = "hidden_act"
-    rope_scaling: frozenset[str] = frozenset({"linear"})
+    rope_scaling: frozenset[str] = frozenset({"linear", "yarn"})
     is_interleaved: bool = False
     norm_shift: float = 0.0
     is_head_derived: bool = False
@@ -106,7 +106,8 @@ CLASS_NAMES = {
     "olmoe": "OlmoeForCausalLM",
 }
 
-_LLAMA3 = frozenset({"linear", "llama3"})
+_LLAMA3 = frozenset({"linear", "llama3", "yarn"})
+_LINEAR = frozenset({"linear"})
 _ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 
 _ROWS = (
@@ -212,6 +213,7 @@ _ROWS = (
         },
         activation="gelu_pytorch_tanh",
         activation_key="hidden_activation",
+        rope_scaling=_LINEAR,
         norm_shift=1.0,
         window_every=2,
         scalar_layers=46,
@@ -234,6 +236,7 @@ _ROWS = (
         },
         activation="gelu_pytorch_tanh",
         activation_key="hidden_activation",
+        rope_scaling=_LINEAR,
         norm_shift=1.0,
         window_every=6,
         fixed={"attn_logit_softcapping": None, "use_bidirectional_attention": False},
