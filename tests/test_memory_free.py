@@ -1,0 +1,141 @@
+"""Free memory under control groups: trees of files as the kernel shows them, and a real group."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from edgekit.devices.memory import CGROUP_ROOT, free_memory
+
+MIB = 1 << 20
+V1_UNLIMITED = 9223372036854771712  # what the kernel writes for no limit, pages of 4096
+
+
+def write(folder: Path, **files: object) -> None:
+    """Files of a control group; ``_`` in a name stands for a dot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("_", ".", 1)).write_text(f"{content}\n")
+
+
+def v2(folder: Path, limit: object, use: int, inactive: int = 0, active: int = 0) -> None:
+    stat = f"anon 1\nfile 2\nactive_file {active}\ninactive_file {inactive}"
+    write(folder, memory_max=limit, memory_current=use, memory_stat=stat)
+
+
+def v1(folder: Path, limit: object, use: int, inactive: int = 0) -> None:
+    # inactive_file counts the group alone, total_inactive_file the groups below it too
+    stat = f"cache 1\ninactive_file 0\ntotal_inactive_file {inactive}"
+    write(folder, memory_limit_in_bytes=limit, memory_usage_in_bytes=use, memory_stat=stat)
+
+
+def found(tmp_path: Path, membership: str) -> tuple[int, str]:
+    path = tmp_path / "membership"
+    path.write_text(membership)
+    free = free_memory(tmp_path / "cgroup", path)
+    return free.n_bytes, free.source
+
+
+def test_v2_room_is_limit_less_use_and_idle_cache_counts_as_free(tmp_path: Path) -> None:
+    group = tmp_path / "cgroup" / "app.slice" / "run"
+    v2(group, 10 * MIB, 7 * MIB, inactive=2 * MIB, active=3 * MIB)
+    assert found(tmp_path, "0::/app.slice/run\n") == (5 * MIB, f"control group {group}")
+
+
+def test_v1_room_is_limit_less_use_and_idle_cache_counts_as_free(tmp_path: Path) -> None:
+    group = tmp_path / "cgroup" / "memory" / "docker" / "abc"
+    v1(group, 10 * MIB, 7 * MIB, inactive=2 * MIB)
+    lines = "12:cpu,cpuacct:/other\n4:memory:/docker/abc\n0::/\n"
+    assert found(tmp_path, lines) == (5 * MIB, f"control group {group}")
+
+
+@pytest.mark.parametrize("make", [v1, v2])
+def test_the_tightest_group_up_to_the_root_decides(tmp_path: Path, make) -> None:
+    top = tmp_path / "cgroup" / ("memory" if make is v1 else "")
+    make(top / "a" / "b" / "c", 50 * MIB, MIB)
+    make(top / "a" / "b", V1_UNLIMITED if make is v1 else "max", 3 * MIB)
+    make(top / "a", 20 * MIB, 12 * MIB)
+    line = "3:memory:/a/b/c\n" if make is v1 else "0::/a/b/c\n"
+    assert found(tmp_path, line) == (8 * MIB, f"control group {top / 'a'}")
+
+
+def test_no_limit_leaves_the_available_memory(tmp_path: Path) -> None:
+    v2(tmp_path / "cgroup" / "a", "max", 3 * MIB)
+    v1(tmp_path / "cgroup" / "memory" / "a", V1_UNLIMITED, 3 * MIB)
+    for lines in ("0::/a\n", "3:memory:/a\n", ""):
+        n_bytes, source = found(tmp_path, lines)
+        assert source == "available memory"
+        assert n_bytes == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def test_a_group_over_its_limit_has_nothing_free(tmp_path: Path) -> None:
+    v2(tmp_path / "cgroup" / "a", 4 * MIB, 5 * MIB)
+    assert found(tmp_path, "0::/a\n")[0] == 0
+
+
+def test_a_container_that_sees_the_hosts_path_finds_its_limit_at_the_root(tmp_path: Path) -> None:
+    # without a cgroup namespace the path is the host's, the mount shows the container's own group
+    v1(tmp_path / "cgroup" / "memory", 6 * MIB, 2 * MIB)
+    assert found(tmp_path, "3:memory:/docker/0123456789\n")[0] == 4 * MIB
+    v2(tmp_path / "cgroup", 6 * MIB, 3 * MIB)
+    assert found(tmp_path, "0::/../other\n")[0] == 3 * MIB
+
+
+def test_what_cannot_be_read_is_no_limit(tmp_path: Path) -> None:
+    write(tmp_path / "cgroup" / "a", memory_max="garbage", memory_current=1)
+    write(tmp_path / "cgroup" / "b", memory_max=MIB)  # no use told
+    for lines in ("0::/a\n", "0::/b\n", "0::/nowhere\n"):
+        assert found(tmp_path, lines)[1] == "available memory"
+
+
+@contextlib.contextmanager
+def real_group(limit: int) -> Iterator[Path]:
+    """A control group with a limit, v1 or v2; skips where this process may make none."""
+    name = f"edgekit-test-{os.getpid()}"
+    lines = dict(reversed(line.split(":", 2)[1:]) for line in _membership())
+    mount, path, file = CGROUP_ROOT, lines.get("", "/"), "memory.max"
+    own = [path for path, controllers in lines.items() if "memory" in controllers.split(",")]
+    if own:
+        mount, path, file = CGROUP_ROOT / "memory", own[0], "memory.limit_in_bytes"
+    group = next((f / name for f in (mount / path.lstrip("/"), mount) if f.is_dir()), mount / name)
+    try:
+        group.mkdir()
+        try:
+            (group / file).write_text(str(limit))
+            yield group
+        finally:
+            group.rmdir()
+    except (PermissionError, FileNotFoundError, OSError) as error:
+        pytest.skip(f"no control group can be made here: {error}")
+
+
+def _membership() -> list[str]:
+    return Path("/proc/self/cgroup").read_text().splitlines()
+
+
+CHILD = """
+import os, sys
+from pathlib import Path
+Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
+from edgekit.devices.memory import free_memory
+held = bytearray(16 << 20)
+held[::4096] = b"x" * len(held[::4096])
+free = free_memory()
+print(free.n_bytes, free.source)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+def test_a_process_in_a_real_group_is_told_what_the_group_leaves() -> None:
+    limit = 96 * MIB
+    with real_group(limit) as group:
+        run = [sys.executable, "-c", CHILD, str(group)]
+        told = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    n_bytes, source = told.split(maxsplit=1)
+    assert source.strip() == f"control group {group}"
+    assert limit // 4 < int(n_bytes) < limit - 16 * MIB  # 16 MiB are held, Python takes some more
