@@ -85,7 +85,7 @@ def read_rope(arch: Arch, fields: Fields, head: int, context: int) -> Rope:
 
 def _check_yarn(arch: Arch, rope: Fields) -> None:
     """llama.cpp's graphs of these architectures compute YaRN with the paper's constants only."""
-    usual = {**YARN_USUAL, "truncate": True}
+    usual: dict[str, Any] = {**YARN_USUAL, "truncate": True}
     factor = rope.number("factor", 0.0, 1e6)
     if factor < 1.0:
         raise rope.bad("factor", factor, "at least 1 for YaRN")
