@@ -225,7 +225,8 @@ class _Conversion:
         self.progress.advance(1)
         if self.options.measure:
             with open_artifact(staged) as artifact:
-                manifest = replace(manifest, quality=measure(artifact, self.progress))
+                quality = measure(artifact, self.progress, self.options.jobs)
+            manifest = replace(manifest, quality=quality)
             write_manifest(staged, manifest)
         write_model_card(staged, manifest)
 

@@ -20,7 +20,9 @@ N_SIZES = 12
 N_TOKENS = 4096  # a dozen passes over them take minutes for a model of 1 B weights on two cores
 
 
-def measure(artifact: Artifact, progress: Progress) -> tuple[Json, ...]:
+def measure(
+    artifact: Artifact, progress: Progress, n_threads: int | None = None
+) -> tuple[Json, ...]:
     """Quality on text that was not calibrated on, one row per size, fewest bytes first.
 
     The reference is the highest depth of every tensor: the original values when ``source`` is among
@@ -29,10 +31,11 @@ def measure(artifact: Artifact, progress: Progress) -> tuple[Json, ...]:
     sizes = list(_sizes(artifact))
     progress.start("measure", len(sizes) + 1)
     top, rows = Assembly(artifact, _highest(artifact)), []
-    with Reference.open(top, heldout_text(), n_tokens=N_TOKENS) as reference:
+    text = heldout_text()
+    with Reference.open(top, text, n_tokens=N_TOKENS, n_threads=n_threads) as reference:
         progress.advance(1)
         for depths in sizes:
-            quality = evaluate(Assembly(artifact, depths), reference)
+            quality = evaluate(Assembly(artifact, depths), reference, n_threads=n_threads)
             rows.append(_row(artifact, depths, asdict(quality)))
             progress.advance(1)
     return tuple(rows)
