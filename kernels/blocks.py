@@ -89,6 +89,11 @@ class Layout:
                 at = slice(first, first + plane.run)
                 blocks[:, byte[at]] |= part[:, at]
 
+    def scales(self, blocks: ByteArray) -> Scales:
+        """Read scale and offset of every group, float32 ``[n, groups]`` each; NaN where stored."""
+        with np.errstate(invalid="ignore"):  # infinity times 0, in blocks nobody meant
+            return self.read_scales(blocks)
+
     def _places(self, plane: Plane) -> tuple[npt.NDArray[np.intp], ByteArray]:
         i = np.arange(self.block)
         per_byte = 8 // plane.bits

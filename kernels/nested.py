@@ -6,6 +6,7 @@ from edgekit.errors import RefusedError, UnknownNameError
 from edgekit.kernels import ggml, nested_ref, packing_ref
 from edgekit.kernels.blocks import LAYOUTS
 from edgekit.kernels.ggml import ByteArray
+from edgekit.kernels.native import native
 from edgekit.kernels.nested_ref import CODE_STREAMS, FLOAT_STREAMS, FLOATS, I16Array, Parts
 from edgekit.kernels.packing_ref import Packed
 
@@ -59,7 +60,13 @@ def split(parent_type: str, child_type: str, parent: ByteArray, child: ByteArray
     if rest:
         raise RefusedError(f"{child.nbytes} bytes are no whole blocks of {child_type}")
     parent_type, parent = _parent(parent_type, parent, n * kind.block)
-    return nested_ref.split(parent_type, child_type, parent, _flat(child))
+    child = _flat(child)
+    compiled = native()
+    if compiled is None:
+        return nested_ref.split(parent_type, child_type, parent, child)
+    return compiled.split(
+        parent_type, child_type, parent, child, rest_bytes(child_type, n * kind.block)
+    )
 
 
 def join(
@@ -70,18 +77,25 @@ def join(
     Raises:
         RefusedError: The parts do not fit the parent.
     """
-    size = n_bytes(_child_kind(child_type).name, n_weights)
+    n_bytes(_child_kind(child_type).name, n_weights)
     parent_type, parent = _parent(parent_type, parent, n_weights)
     if len(parts.rest) != rest_bytes(child_type, n_weights):
-        raise RefusedError(f"a level to {child_type} has {len(parts.rest)} scale bytes too many")
-    child = nested_ref.join(parent_type, child_type, parent, parts, n_weights)
-    assert child.nbytes == size
-    return child
+        raise RefusedError(
+            f"a level to {child_type} has {len(parts.rest)} bytes of scales, "
+            f"{n_weights} weights need {rest_bytes(child_type, n_weights)}"
+        )
+    compiled = native()
+    if compiled is None:
+        return nested_ref.join(parent_type, child_type, parent, parts, n_weights)
+    return compiled.join(parent_type, child_type, parent, parts, n_weights)
 
 
 def pack(residuals: I16Array) -> Packed:
     """Pack a stream at the width that suits it."""
-    return packing_ref.pack(residuals, packing_ref.choose_width(residuals))
+    compiled = native()
+    if compiled is None:
+        return packing_ref.pack(residuals, packing_ref.choose_width(residuals))
+    return compiled.pack(np.ascontiguousarray(residuals, np.int16))
 
 
 def unpack(packed: Packed) -> I16Array:
@@ -90,7 +104,13 @@ def unpack(packed: Packed) -> I16Array:
     Raises:
         RefusedError: The sizes do not agree, or a patch lies outside the stream.
     """
-    return packing_ref.unpack(packed)
+    if len(packed.digits) != packing_ref.digit_bytes(packed.width, packed.count):
+        raise RefusedError(
+            f"a stream of {packed.count} residuals of {packed.width} bits has "
+            f"{len(packed.digits)} bytes"
+        )
+    compiled = native()
+    return packing_ref.unpack(packed) if compiled is None else compiled.unpack(packed)
 
 
 def _child_kind(child_type: str) -> ggml.GgmlType:

@@ -96,7 +96,7 @@ def _values(parent_type: str, parent: ByteArray) -> tuple[F32Array, F32Array, F3
     if parent_type in LAYOUTS:
         layout = LAYOUTS[parent_type]
         blocks = parent.reshape(-1, layout.block_bytes)
-        scale, offset = layout.read_scales(blocks)
+        scale, offset = layout.scales(blocks)
         return layout.codes(blocks).reshape(-1).astype(np.float32), scale.ravel(), offset.ravel()
     bits = parent.view(np.uint32)
     exponent = bits & EXPONENT
@@ -112,7 +112,7 @@ def _steps(
     """Step and start ``[groups]``: child code = step * parent value + start; 0 if not finite."""
     blocks = np.zeros((rest.shape[1], layout.block_bytes), np.uint8)
     blocks[:, layout.scale_index] = rest.T
-    scale, offset = (x.reshape(-1) for x in layout.read_scales(blocks))
+    scale, offset = (x.reshape(-1) for x in layout.scales(blocks))
     _, parent_scale, parent_offset = _values(parent_type, parent)
     with np.errstate(all="ignore"):
         inverse = np.float32(1) / scale
@@ -123,7 +123,7 @@ def _steps(
 
 
 def _quartiles(step: F32Array) -> U32Array:
-    size = np.sort((step.view(np.uint32) & MAGNITUDE)[:: -(-len(step) // 1024)])
+    size = np.sort((step.view(np.uint32) & MAGNITUDE)[:: -(-len(step) // 256)])
     return size[[len(size) // 4, len(size) // 2, len(size) * 3 // 4]]
 
 

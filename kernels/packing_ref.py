@@ -49,7 +49,7 @@ def digit_bytes(width: int, count: int) -> int:
 def choose_width(residuals: I16Array) -> int:
     """Choose the narrowest width that leaves at most one residual in 512 to patches."""
     for width in (2, 4, 8):
-        if 512 * int(_outside(residuals, width).sum()) <= len(residuals):
+        if PATCHED_SHARE * int(_outside(residuals, width).sum()) <= len(residuals):
             return width
     return 16
 

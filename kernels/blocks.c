@@ -1,0 +1,127 @@
+/* The blocks of ggml's stock types: what blocks.py says, in C.
+ *
+ * All floats are float32, every operation rounded once: compile with -ffp-contract=off. */
+#include "blocks.h"
+
+INLINE float half_at(const uint8_t *p) {
+    const uint32_t h = p[0] | (uint32_t)p[1] << 8, sign = (h & 0x8000) << 16, rest = h & 0x7fff;
+    if (rest < 0x400) { /* subnormal: a multiple of 2**-24 */
+        const float f = (float)rest * (1.0f / 16777216.0f);
+        return sign ? -f : f;
+    }
+    return float_of(sign | (rest >= 0x7c00 ? 0x7f800000 | (rest & 0x3ff) << 13
+                                           : (rest << 13) + (112u << 23)));
+}
+
+/* One plane of n codes, see blocks.Plane: a function for each shape, so that each vectorizes.
+ * Reads are or-ed into code, which starts at 0. */
+#define PLANE(BITS, RUN)                                                                           \
+    FAST static void read_##BITS##_##RUN(const uint8_t *at, int n, int shift, uint8_t *code) {     \
+        for (int first = 0; first < n; first += RUN * 8 / BITS, at += RUN)                         \
+            for (int s = 0; s < 8 / BITS; s++)                                                     \
+                for (int i = 0; i < RUN; i++)                                                      \
+                    code[first + s * RUN + i] |=                                                   \
+                        (uint8_t)(((at[i] >> (s * BITS)) & ((1 << BITS) - 1)) << shift);           \
+    }                                                                                              \
+    FAST static void write_##BITS##_##RUN(uint8_t *at, int n, int shift, const uint8_t *code) {    \
+        for (int first = 0; first < n; first += RUN * 8 / BITS, at += RUN)                         \
+            for (int i = 0; i < RUN; i++) {                                                        \
+                unsigned byte = 0;                                                                 \
+                for (int s = 0; s < 8 / BITS; s++)                                                 \
+                    byte |= ((unsigned)code[first + s * RUN + i] >> shift & ((1u << BITS) - 1))    \
+                            << (s * BITS);                                                         \
+                at[i] = (uint8_t)byte;                                                             \
+            }                                                                                      \
+    }
+PLANE(1, 1)
+PLANE(1, 32)
+PLANE(2, 32)
+PLANE(4, 16)
+PLANE(4, 32)
+PLANE(4, 64)
+PLANE(8, 32)
+
+/* Apply to every block of a unit of n weights, at p, its codes at c; DO is read or write. */
+#define EACH(BYTES, ...)                                                                           \
+    for (int i = 0; i < n; i += 32, p += BYTES, c += 32) {                                         \
+        __VA_ARGS__;                                                                               \
+    }                                                                                              \
+    break
+#define PLANES(DO)                                                                                 \
+    switch (type) {                                                                                \
+    case T_Q4_0: EACH(18, DO##_4_16(p + 2, 32, 0, c));                                             \
+    case T_Q4_1: EACH(20, DO##_4_16(p + 4, 32, 0, c));                                             \
+    case T_Q5_0: EACH(22, DO##_4_16(p + 6, 32, 0, c); DO##_1_1(p + 2, 32, 4, c));                  \
+    case T_Q5_1: EACH(24, DO##_4_16(p + 8, 32, 0, c); DO##_1_1(p + 4, 32, 4, c));                  \
+    case T_Q8_0: EACH(34, DO##_8_32(p + 2, 32, 0, c));                                             \
+    case T_Q2_K: DO##_2_32(p + 16, 256, 0, c); break;                                              \
+    case T_Q3_K: DO##_2_32(p + 32, 256, 0, c); DO##_1_32(p, 256, 2, c); break;                     \
+    case T_Q4_K: DO##_4_32(p + 16, 256, 0, c); break;                                              \
+    case T_Q5_K: DO##_4_32(p + 48, 256, 0, c); DO##_1_32(p + 16, 256, 4, c); break;                \
+    case T_Q6_K: DO##_4_64(p, 256, 0, c); DO##_2_32(p + 128, 256, 4, c); break;                    \
+    default: break;                                                                                \
+    }
+
+void blocks_read_codes(int type, int n, const uint8_t *p, uint8_t code[UNIT]) {
+    uint8_t *c = code;
+    memset(code, 0, UNIT);
+    PLANES(read)
+}
+
+void blocks_write_codes(int type, int n, uint8_t *p, const uint8_t code[UNIT]) {
+    const uint8_t *c = code;
+    PLANES(write)
+}
+
+/* Scale and offset of each group of a unit of n weights; in the order of operations of blocks.py. */
+void blocks_read_scales(int type, int n, const uint8_t *p, float scale[GROUPS],
+                        float offset[GROUPS]) {
+    for (int g = 0; g < GROUPS; g++) scale[g] = offset[g] = 0.0f;
+    switch (type) {
+    case T_Q4_0: case T_Q5_0: case T_Q8_0:
+        for (int g = 0; g < n / GROUP; g += 2, p += layout_of(type).block_bytes)
+            scale[g] = scale[g + 1] = half_at(p);
+        break;
+    case T_Q4_1: case T_Q5_1:
+        for (int g = 0; g < n / GROUP; g += 2, p += layout_of(type).block_bytes) {
+            scale[g] = scale[g + 1] = half_at(p);
+            offset[g] = offset[g + 1] = half_at(p + 2);
+        }
+        break;
+    case T_Q2_K: {
+        const float d = half_at(p + 80), m = half_at(p + 82);
+        for (int g = 0; g < GROUPS; g++) {
+            scale[g] = d * (float)(p[g] & 15);
+            offset[g] = -(m * (float)(p[g] >> 4));
+        }
+        break;
+    }
+    case T_Q3_K: {
+        const float d = half_at(p + 108);
+        const uint8_t *s = p + 96;
+        for (int g = 0; g < GROUPS; g++) {
+            const int low = g < 8 ? s[g] & 15 : s[g - 8] >> 4;
+            const int high = (s[8 + g % 4] >> (g / 4 * 2)) & 3;
+            scale[g] = d * ((float)(low | high << 4) - 32.0f);
+        }
+        break;
+    }
+    case T_Q4_K: case T_Q5_K: {
+        const float d = half_at(p), m = half_at(p + 2);
+        const uint8_t *a = p + 4, *b = p + 8, *c = p + 12;
+        for (int j = 0; j < 4; j++) {
+            scale[2 * j] = scale[2 * j + 1] = d * (float)(a[j] & 63);
+            scale[8 + 2 * j] = scale[9 + 2 * j] = d * (float)((c[j] & 15) | a[j] >> 6 << 4);
+            offset[2 * j] = offset[2 * j + 1] = -(m * (float)(b[j] & 63));
+            offset[8 + 2 * j] = offset[9 + 2 * j] = -(m * (float)(c[j] >> 4 | b[j] >> 6 << 4));
+        }
+        break;
+    }
+    case T_Q6_K: {
+        const float d = half_at(p + 208);
+        for (int g = 0; g < GROUPS; g++) scale[g] = d * (float)(int8_t)p[192 + g];
+        break;
+    }
+    default: break;
+    }
+}
