@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from models import add_tokenizer, make_checkpoint
 
+from edgekit.arch import map_checkpoint
+from edgekit.checkpoint import Checkpoint
 from edgekit.convert import convert
 from edgekit.convert_options import DEFAULT_TIERS, Options
 from edgekit.progress import Silent
@@ -42,21 +44,18 @@ def plain(checkpoint: Path, artifact: Path, tiers: tuple[str, ...] = DEFAULT_TIE
 
 def weighted(checkpoint: Path, artifact: Path, tiers: tuple[str, ...] = DEFAULT_TIERS) -> Converted:
     """Convert with random statistics of every matrix that llama-imatrix would see."""
-    matrices = dict(layer_matrices(checkpoint, artifact.with_name(f"{artifact.name}-shapes")))
+    matrices = dict(layer_matrices(checkpoint))
     path = artifact.with_name(f"{artifact.name}.imatrix.gguf")
     weights = write_random_imatrix(path, matrices)
     convert(checkpoint, artifact, unmeasured(tiers, imatrix=path), Silent())
     return Converted(checkpoint, artifact, weights)
 
 
-def layer_matrices(checkpoint: Path, scratch: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and numpy shape of every matrix of a block, from the header of a source-only base."""
-    made = plain(checkpoint, scratch, ("source",))
-    (base,) = made.artifact.glob("*.gguf")
-    for tensor in gguf.GGUFReader(base).tensors:
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        if tensor.name.startswith("blk.") and len(shape) > 1:
-            yield tensor.name, shape
+def layer_matrices(checkpoint: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and numpy shape of every matrix of a block."""
+    for tensor in map_checkpoint(Checkpoint.open(checkpoint)).tensors:
+        if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
+            yield tensor.name, tensor.shape
 
 
 def write_random_imatrix(path: Path, matrices: dict[str, tuple[int, ...]]) -> dict[str, F32Array]:
