@@ -29,7 +29,7 @@ OnLoad = Callable[[str, Any], None]
 
 OLDEST = (5, 3)  # transformers before it runs code that config.json names: CVE-2026-4372
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-ACTIVATION_BYTES = 1 << 27  # of one feed-forward block over a batch; more is no faster
+ACTIVATION_BYTES = 1 << 26  # of one feed-forward block over a batch; more is no faster
 BASE_BYTES = 1 << 28  # torch's own buffers and allocator slack, measured 150 to 200 MiB
 _EXPERTS = re.compile(r"^model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)$")
 _CODE = ("attn_implementation", "experts_implementation", "quantization_config")
