@@ -97,7 +97,8 @@ class _Conversion:
             self.progress.note(note)
         need = int(2 * SHARE_OF_SOURCE * self.source_bytes)  # the spool, and what is made from it
         require_free(self.output.parent, need, f"converting {self.checkpoint.folder}")
-        first_command = self.spool.open(self._job(), command, self.options.resume)
+        words = [word for word in command if word != "--resume"]  # as if nothing had stopped it
+        first_command = self.spool.open(self._job(), words, self.options.resume)
         self._check_tokenizer()
         with ThreadPoolExecutor(1) as background:
             hashes = background.submit(source_files, self.checkpoint)
