@@ -1,0 +1,170 @@
+"""A conversion killed at any moment goes on with ``--resume`` and ends as if nothing had been."""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench.checkpoints import Shape, make_checkpoint
+
+TESTS = Path(__file__).resolve().parent
+SHAPE = Shape(
+    num_hidden_layers=1,
+    hidden_size=64,
+    intermediate_size=96,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=320,
+)
+N_KILLS = 20
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Run ``edgekit`` in a child of a warm process, perhaps to be killed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, TESTS / "fork_server.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as server:
+        assert server.stdin and server.stdout
+        stdin, stdout = server.stdin, server.stdout
+
+        def ask(cwd: Path, *args: str, **kill: float) -> dict[str, Any]:
+            command = {"cwd": str(cwd), "args": args, "kill_after": None, "kill_at_change": None}
+            stdin.write(json.dumps(command | kill) + "\n")
+            stdin.flush()
+            answer: dict[str, Any] = json.loads(stdout.readline())
+            return answer
+
+        yield ask
+        stdin.close()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a checkpoint and a text to calibrate on."""
+    folder = tmp_path_factory.mktemp("home")
+    make_checkpoint(folder / "model", SHAPE)
+    (folder / "text").write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(99)))
+    return folder
+
+
+MEASURED = [
+    *("convert", "../model", "-o", "edge", "--tiers", "Q4_0,Q8_0,source"),
+    *("--jobs", "1", "--calibration", "../text"),
+]
+UNMEASURED = [*MEASURED, "--no-measure"]  # nine tenths of the time go into measuring
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hash of every file."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A command, and what it makes when nothing disturbs it."""
+
+    run: Run
+    command: list[str]
+    made: dict[str, str]
+    seconds: float
+    changes: int
+
+    def killed(self, folder: Path, *options: str, **kill: float) -> bool:
+        """Run and kill; False if it had ended. Under the final name all is whole or nothing."""
+        folder.mkdir(exist_ok=True)
+        answer = self.run(folder, *self.command, *options, **kill)
+        assert answer["code"] in (0, -9), answer["stderr"]
+        if (folder / "edge").exists():
+            assert contents(folder / "edge") == self.made
+        return bool(answer["code"] == -9)
+
+    def ends_the_same(self, folder: Path) -> bool:
+        """Resume; whether the artifact is the undisturbed one and nothing else is left."""
+        answer = self.run(folder, *self.command, "--resume")
+        assert answer["code"] == 0, answer["stderr"]
+        assert [p.name for p in folder.iterdir()] == ["edge"]
+        return contents(folder / "edge") == self.made
+
+
+def undisturbed(run: Run, folder: Path, command: list[str]) -> Conversion:
+    folder.mkdir()
+    answer = run(folder, *command)
+    assert answer["code"] == 0, answer["stderr"]
+    made = contents(folder / "edge")
+    assert len(made) == 4
+    return Conversion(run, command, made, answer["seconds"], answer["changes"])
+
+
+@pytest.fixture(scope="module")
+def unmeasured(run, home) -> Conversion:
+    once = undisturbed(run, home / "warm", UNMEASURED)
+    again = undisturbed(run, home / "unmeasured", UNMEASURED)
+    assert again.made == once.made
+    return again
+
+
+@pytest.fixture(scope="module")
+def measured(run, home) -> Conversion:
+    return undisturbed(run, home / "measured", MEASURED)
+
+
+@pytest.mark.parametrize("moment", range(N_KILLS))
+def test_killed_at_a_random_moment_it_ends_byte_identical(unmeasured, home, moment):
+    share = (moment + random.Random(moment).random()) / N_KILLS
+    unmeasured.killed(home / f"{moment}", kill_after=share * unmeasured.seconds)
+    assert unmeasured.ends_the_same(home / f"{moment}")
+
+
+def test_killed_again_and_again_also_while_measuring_it_ends_byte_identical(measured, home):
+    folder, rng, n_killed = home / "chain", random.Random(0), 0
+    for _ in range(4):
+        moment = rng.uniform(0.1, 0.9) * measured.seconds
+        n_killed += measured.killed(folder, "--resume", kill_after=moment)
+    assert n_killed
+    assert measured.ends_the_same(folder)
+
+
+def test_killed_before_each_of_its_last_changes_on_disk_it_ends_byte_identical(unmeasured, home):
+    last = unmeasured.changes
+    for change in range(last - 14, last + 1):  # writing, the renames, the cleaning up
+        folder = home / f"change-{change}"
+        assert unmeasured.killed(folder, kill_at_change=change)
+        assert unmeasured.ends_the_same(folder)
+
+
+def test_another_conversion_is_not_resumed(run, unmeasured, home):
+    folder = home / "other"
+    assert unmeasured.killed(folder, kill_at_change=unmeasured.changes // 2)
+    other = [word.replace("Q8_0", "Q5_0") for word in UNMEASURED]
+    answer = run(folder, *other, "--resume")
+    assert answer["code"] == 2
+    assert "other options" in answer["stderr"]
+    assert unmeasured.ends_the_same(folder)
+
+
+def test_killed_while_it_replaces_an_artifact_the_old_or_the_new_one_comes_back(run, home):
+    command = [*UNMEASURED, "--force"]
+    new = undisturbed(run, home / "forced", command)
+    folder = home / "replace"
+    old = undisturbed(run, folder, [word.replace(",Q8_0", "") for word in UNMEASURED])
+    for change in range(new.changes - 3, new.changes + 4):
+        code = run(folder, *command, kill_at_change=change)["code"]
+        assert code == (-9 if change <= new.changes else code)
+        if (folder / "edge").exists():
+            assert contents(folder / "edge") in (old.made, new.made)
+    assert new.ends_the_same(folder)
