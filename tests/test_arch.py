@@ -141,6 +141,14 @@ def test_any_range_of_rows_is_that_part_of_the_whole(model_type: str, made: Any)
             tensor.rows(0, tensor.n_rows + 1)
 
 
+@pytest.mark.parametrize("model_type", ARCHS)
+def test_norms_biases_and_routers_are_float32_and_nothing_else(model_type: str, made: Any) -> None:
+    """As llama.cpp's converter writes them; its graphs take only F32 for the 1-D ones."""
+    ends = ("_norm.weight", ".bias", ".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight")
+    for tensor in map_checkpoint(made(model_type, "bfloat16")).tensors:
+        assert tensor.source_type == ("F32" if tensor.name.endswith(ends) else "BF16"), tensor.name
+
+
 def test_experts_of_mixed_dtypes_are_widened(made: Any, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.experts.2.up_proj.weight"
     checkpoint = made("qwen3_moe", "bfloat16")
