@@ -61,7 +61,7 @@ INLINE void unit_steps(int parent_type, int child_type, int n, const uint8_t *pa
  * prediction rounded away a quarter or more. */
 INLINE void unit_predict(const float value[UNIT], const float step[GROUPS],
                          const float start[GROUPS], layout_t layout, int16_t predicted[UNIT],
-                         int16_t negate[UNIT], int16_t far[UNIT]) {
+                         int16_t negate[UNIT], uint8_t far[UNIT]) {
     const float low = (float)layout.low, high = (float)(layout.low + (1 << layout.bits) - 1);
     for (int g = 0; g < GROUPS; g++)
         for (int i = g * GROUP; i < (g + 1) * GROUP; i++) {
@@ -144,8 +144,8 @@ FAST EXPORT int nested_split_codes(int parent_type, int child_type, size_t n,
     for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += child_unit) {
         const int m = n - done < UNIT ? (int)(n - done) : UNIT;
         float value[UNIT], step[GROUPS], start[GROUPS];
-        int16_t predicted[UNIT], negate[UNIT], far[UNIT], residual[UNIT];
-        uint8_t code[UNIT];
+        int16_t predicted[UNIT], negate[UNIT], residual[UNIT];
+        uint8_t code[UNIT], far[UNIT];
         unit_rest(layout, m, child, rest, done / (size_t)layout.block, n / (size_t)layout.block, 0);
         unit_steps(parent_type, child_type, m, parent, child, step, start);
         read_values(parent_type, m, parent, value);
@@ -159,14 +159,16 @@ FAST EXPORT int nested_split_codes(int parent_type, int child_type, size_t n,
         for (int g = 0; g < m / GROUP; g++) {
             const int pair = 2 * step_class(step[g], limits);
             int16_t *near_to = to[pair], *far_to = to[pair + 1];
-            int n_far = 0;
+            const uint8_t *is_far = far + g * GROUP;
+            const int16_t *from_here = residual + g * GROUP;
             for (int i = 0; i < GROUP; i++) { /* both are written, one advances: no branches */
-                near_to[i - n_far] = residual[g * GROUP + i];
-                far_to[n_far] = residual[g * GROUP + i];
-                n_far += far[g * GROUP + i];
+                const ptrdiff_t step_far = is_far[i];
+                *near_to = *far_to = from_here[i];
+                far_to += step_far;
+                near_to += 1 - step_far;
             }
-            to[pair] += GROUP - n_far;
-            to[pair + 1] += n_far;
+            to[pair] = near_to;
+            to[pair + 1] = far_to;
         }
     }
     for (int k = 0; k < CODE_STREAMS; k++) counts[k] = (size_t)(to[k] - streams[k]);
@@ -226,8 +228,8 @@ FAST EXPORT int nested_join_codes(int parent_type, int child_type, size_t n,
     for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += child_unit) {
         const int m = n - done < UNIT ? (int)(n - done) : UNIT;
         float value[UNIT], step[GROUPS], start[GROUPS];
-        int16_t predicted[UNIT], negate[UNIT], far[UNIT], residual[UNIT];
-        uint8_t code[UNIT];
+        int16_t predicted[UNIT], negate[UNIT], residual[UNIT];
+        uint8_t code[UNIT], far[UNIT];
         const int bad = reader_check(&reader, CODE_STREAMS);
         if (bad) return bad;
         unit_rest(layout, m, child, rest, done / (size_t)layout.block, n / (size_t)layout.block, 1);
@@ -237,14 +239,17 @@ FAST EXPORT int nested_join_codes(int parent_type, int child_type, size_t n,
         for (int g = 0; g < m / GROUP; g++) {
             const int pair = 2 * step_class(step[g], limits);
             const int16_t *near_at = reader.at[pair], *far_at = reader.at[pair + 1];
-            int n_far = 0;
-            for (int i = 0; i < GROUP; i++) {
-                const int16_t a = near_at[i - n_far], b = far_at[n_far];
-                residual[g * GROUP + i] = far[g * GROUP + i] ? b : a;
-                n_far += far[g * GROUP + i];
+            const uint8_t *is_far = far + g * GROUP;
+            int16_t *to = residual + g * GROUP;
+            for (int i = 0; i < GROUP; i++) { /* both are read, one advances: no branches */
+                const ptrdiff_t step_far = is_far[i];
+                const int16_t a = *near_at, b = *far_at;
+                to[i] = step_far ? b : a;
+                far_at += step_far;
+                near_at += 1 - step_far;
             }
-            reader.at[pair] += GROUP - n_far;
-            reader.at[pair + 1] += n_far;
+            reader.at[pair] = near_at;
+            reader.at[pair + 1] = far_at;
         }
         for (int i = 0; i < UNIT; i++) {
             const int value_code = predicted[i] + ((residual[i] ^ negate[i]) - negate[i]);

@@ -123,6 +123,8 @@ def _steps(
 
 
 def _quartiles(step: F32Array) -> U32Array:
+    if not len(step):
+        return np.zeros(3, np.uint32)
     size = np.sort((step.view(np.uint32) & MAGNITUDE)[:: -(-len(step) // 256)])
     return size[[len(size) // 4, len(size) // 2, len(size) * 3 // 4]]
 
@@ -211,7 +213,7 @@ def _fixed(bits: U32Array, child_type: str) -> I32Array:
     return np.where(small, even, np.minimum(magnitude - (112 << 23), 0x7BFF << 13)).astype(np.int32)
 
 
-def _ordered(bits: npt.NDArray[np.signedinteger]) -> npt.NDArray[np.signedinteger]:  # type: ignore[type-arg]
+def _ordered(bits: npt.NDArray[np.signedinteger]) -> npt.NDArray[np.signedinteger]:
     """Map sign and magnitude to integers in the order of the floats; its own inverse."""
     return bits ^ ((bits >> (bits.itemsize * 8 - 1)) & np.iinfo(bits.dtype).max)
 
