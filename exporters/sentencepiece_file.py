@@ -15,6 +15,7 @@ from gguf import TokenType
 from edgekit.errors import RefusedError, UnsupportedError
 from edgekit.exporters.normalizers import SPACE, Normalization
 from edgekit.exporters.vocabulary import (
+    SPACE_BEHIND,
     UNIGRAM_BYTES,
     UNIGRAM_TIES,
     UNUSED_SCORE,
@@ -80,9 +81,11 @@ def _read(data: bytes, config: Mapping[str, Any]) -> Vocabulary:
         normalization=_normalization(normalizer),
         charsmap=bytes(normalizer.get(2, b"")) if kind == _UNIGRAM else b"",
     )
-    spaces = (text for text, _, kind in pieces if kind == TokenType.USER_DEFINED and " " in text)
-    if any(spaces):
+    symbols = [text for text, _, kind in pieces if kind == TokenType.USER_DEFINED]
+    if any(" " in text for text in symbols):
         vocabulary.differs.append(WRITTEN_SPACE)
+    if symbols and vocabulary.normalization.prefix == "always":
+        vocabulary.differs.append(SPACE_BEHIND)
     if kind == _UNIGRAM:
         vocabulary.differs += [UNIGRAM_TIES, *([UNIGRAM_BYTES] if trainer.get(35) else [])]
     _check_bytes(vocabulary)

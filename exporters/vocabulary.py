@@ -25,6 +25,7 @@ BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 WRITTEN_SPACE = f"llama.cpp reads the character {SPACE} written in a text as a space"
 UNIGRAM_BYTES = "llama.cpp's unigram tokenizer gives <unk>, not bytes, for what it has no piece of"
 UNIGRAM_TIES = "of two equally likely ways to cut a word llama.cpp may take the other"
+SPACE_BEHIND = "llama.cpp puts a space behind special tokens as well, not only in front of a text"
 UNUSED_SCORE = -1000.0  # below every token that can be chosen; what llama.cpp's converter writes
 
 
@@ -218,7 +219,7 @@ def _follow_merges(vocabulary: Vocabulary, merges: Sequence[tuple[str, str]]) ->
 
 def _prefix_differs(normalization: Normalization) -> list[str]:
     reasons = {
-        "first": "llama.cpp puts a space behind special tokens as well, not only in front",
+        "first": SPACE_BEHIND,
         "unless there": "llama.cpp puts a space in front of text that starts with one as well",
     }
     differs = [reasons[normalization.prefix]] if normalization.prefix in reasons else []

@@ -208,6 +208,10 @@ HOSTILE = {
     "value type -1": _file((_pair("k", 2**32 - 1, bytes(8)),)),
     "array of type 99": _file((_pair("k", 9, struct.pack("<IQ", 99, 1)),)),
     "long token": _file((_pair("k", 9, struct.pack("<IQ", 8, 1) + _text(b"x" * 65537)),)),
+    "token not UTF-8": _file((_pair("k", 9, struct.pack("<IQ", 8, 1) + _text(b"\xff")),)),
+    "more items than a vocabulary has": _file(
+        (_pair("k", 9, struct.pack("<IQ", 0, 5_000_000)),), data=6_000_000
+    ),
     "boolean 2": _file((_pair("k", 7, b"\x02"),)),
     "empty key": _file((_pair("", 4, bytes(4)),)),
     "key twice": _file((_pair("k", 4, bytes(4)),) * 2),
@@ -317,6 +321,7 @@ def test_random_bytes_behind_a_sound_start_are_refused():
         ({"general.alignment": u32(48)}, (), "power of two"),
         ({}, (TensorInfo("n" * 64, "F32", (1,)),), "64 bytes, at most 63"),
         ({}, (TensorInfo("w", "Q4_0", (2, 48)),), "48 columns, Q4_0 needs a multiple of 32"),
+        ({}, (TensorInfo("w", "F32", (2**62, 4)),), r"2\*\*63 weights"),
         ({}, (TensorInfo("w", "Q9_Z", (2, 48)),), "type 'Q9_Z'"),
         ({}, (TensorInfo("w", "F32", ()),), "1 to 4 extents"),
         ({}, (TensorInfo("w", "F32", (1,)),) * 2, "appears twice"),
