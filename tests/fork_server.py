@@ -83,11 +83,12 @@ def run(command: dict[str, Any], folder: str) -> dict[str, Any]:
             _, status = os.waitpid(pid, 0)
     else:
         _, status = os.waitpid(pid, 0)
-    counted = Path(log + ".changes")
+    counted = Path(log + ".changes")  # killed in its last line, a child leaves it empty
+    changes = counted.read_text() if counted.exists() else ""
     return {
         "code": os.waitstatus_to_exitcode(status),
         "seconds": time.monotonic() - started,
-        "changes": int(counted.read_text()) if counted.exists() else None,
+        "changes": int(changes) if changes else None,
         "stderr": Path(log).read_text(),
     }
 

@@ -32,6 +32,7 @@ LAYERS = (
     {"measure"},
     {"convert", "inspect", "loader", "materialize", "report"},
     {"cli"},
+    {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
