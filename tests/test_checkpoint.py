@@ -226,8 +226,10 @@ def test_an_index_and_shards_that_disagree_are_refused(sharded: Path) -> None:
 
 
 def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
-    save_file({"a.weight": TENSORS["a.weight"]}, sharded / "model-2.safetensors")
-    path = sharded / "model.safetensors.index.json"  # json keeps both keys: written by hand
+    both = {name: TENSORS[name] for name in ("a.weight", "c.bias")}
+    save_file(both, sharded / "model-2.safetensors")
+    refused(sharded, r"tensor 'a\.weight' is not named by the index but in model-2")
+    path = sharded / "model.safetensors.index.json"  # json would keep one key: written by hand
     path.write_text('{"weight_map": {"a.weight": "model-1.safetensors", "a.weight": "x"}}')
     refused(sharded, "the key 'a.weight' is there twice")
 
