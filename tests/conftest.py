@@ -5,6 +5,7 @@ from pathlib import Path
 
 # Before anything imports torch or tokenizers; the suite runs on small machines.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_WAIT_POLICY"] = "passive"  # llama.cpp's threads sleep when they wait
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
