@@ -6,6 +6,11 @@
 
 #include <stdlib.h>
 
+#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
+#define HAS_EXPAND
+#include <immintrin.h>
+#endif
+
 enum { CODE_STREAMS = 8, FLOAT_STREAMS = 9, MOST_STREAMS = 9, SAMPLE = 256 };
 enum { BAD_TYPE = 100 }; /* below: 1 + the stream whose length does not fit */
 static const float ROUND = 12582912.0f; /* 1.5 * 2**23: adding it rounds half to even */
@@ -214,6 +219,53 @@ INLINE int reader_end(const reader_t *reader, int n_streams) {
     return 0;
 }
 
+/* Take the residuals of n groups from their pairs of streams, each weight's by far[]. */
+INLINE void collect_plain(reader_t *reader, int n, const uint8_t pair[GROUPS],
+                          const uint8_t far[UNIT], int16_t residual[UNIT]) {
+    for (int g = 0; g < n; g++, far += GROUP, residual += GROUP) {
+        const int16_t *near_at = reader->at[pair[g]], *far_at = reader->at[pair[g] + 1];
+        for (int i = 0; i < GROUP; i++) { /* both are read, one advances: no branches */
+            const ptrdiff_t is_far = far[i];
+            const int16_t a = *near_at, b = *far_at;
+            residual[i] = is_far ? b : a;
+            far_at += is_far;
+            near_at += 1 - is_far;
+        }
+        reader->at[pair[g]] = near_at;
+        reader->at[pair[g] + 1] = far_at;
+    }
+}
+
+#ifdef HAS_EXPAND
+/* The same with AVX-512's expanding loads. */
+__attribute__((target("avx512vbmi2,avx512vl,avx512bw,popcnt"))) static void
+collect_expand(reader_t *reader, int n, const uint8_t pair[GROUPS], const uint8_t far[UNIT],
+               int16_t residual[UNIT]) {
+    for (int g = 0; g < n; g++, far += GROUP, residual += GROUP) {
+        const __m128i flags = _mm_loadu_si128((const __m128i *)far);
+        const __mmask16 is_far = _mm_test_epi8_mask(flags, flags);
+        const __m256i a = _mm256_loadu_si256((const __m256i *)reader->at[pair[g]]);
+        const __m256i b = _mm256_loadu_si256((const __m256i *)reader->at[pair[g] + 1]);
+        const __m256i near = _mm256_maskz_expand_epi16((__mmask16)~is_far, a);
+        _mm256_storeu_si256((__m256i *)residual, _mm256_mask_expand_epi16(near, is_far, b));
+        const int n_far = __builtin_popcount(is_far);
+        reader->at[pair[g]] += GROUP - n_far;
+        reader->at[pair[g] + 1] += n_far;
+    }
+}
+#endif
+
+static void collect(reader_t *reader, int n, const uint8_t pair[GROUPS], const uint8_t far[UNIT],
+                    int16_t residual[UNIT]) {
+#ifdef HAS_EXPAND
+    if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vl")) {
+        collect_expand(reader, n, pair, far, residual);
+        return;
+    }
+#endif
+    collect_plain(reader, n, pair, far, residual);
+}
+
 FAST EXPORT int nested_join_codes(int parent_type, int child_type, size_t n,
                                   const uint8_t *parent, uint8_t *child, const uint32_t limits[3],
                                   const int16_t *const streams[], const size_t counts[],
@@ -236,21 +288,9 @@ FAST EXPORT int nested_join_codes(int parent_type, int child_type, size_t n,
         unit_steps(parent_type, child_type, m, parent, child, step, start);
         read_values(parent_type, m, parent, value);
         unit_predict(value, step, start, layout, predicted, negate, far);
-        for (int g = 0; g < m / GROUP; g++) {
-            const int pair = 2 * step_class(step[g], limits);
-            const int16_t *near_at = reader.at[pair], *far_at = reader.at[pair + 1];
-            const uint8_t *is_far = far + g * GROUP;
-            int16_t *to = residual + g * GROUP;
-            for (int i = 0; i < GROUP; i++) { /* both are read, one advances: no branches */
-                const ptrdiff_t step_far = is_far[i];
-                const int16_t a = *near_at, b = *far_at;
-                to[i] = step_far ? b : a;
-                far_at += step_far;
-                near_at += 1 - step_far;
-            }
-            reader.at[pair] = near_at;
-            reader.at[pair + 1] = far_at;
-        }
+        uint8_t pair[GROUPS];
+        for (int g = 0; g < GROUPS; g++) pair[g] = (uint8_t)(2 * step_class(step[g], limits));
+        collect(&reader, m / GROUP, pair, far, residual);
         for (int i = 0; i < UNIT; i++) {
             const int value_code = predicted[i] + ((residual[i] ^ negate[i]) - negate[i]);
             const int raw = (value_code - layout.low) & ((1 << layout.bits) - 1);

@@ -80,14 +80,14 @@ def join(parent_type: str, child_type: str, parent: ByteArray, parts: Parts, n: 
     if child_type in FLOATS:
         return _join_float(parent_type, child_type, parent, parts, n)
     layout = LAYOUTS[child_type]
-    rest = parts.rest.reshape(len(layout.scale_index), -1)
+    rest = parts.rest.reshape(len(layout.scale_index), n // layout.block)
     step, start = _steps(parent_type, parent, layout, rest)
     predicted, fold, stream = _predict(parent_type, parent, layout, step, start, parts.limits)
     codes = predicted + _flip(_collect(parts.streams, stream), fold)
     codes = ((codes - layout.low) & ((1 << layout.bits) - 1)) + np.int16(layout.low)
     blocks = np.zeros((n // layout.block, layout.block_bytes), np.uint8)
     blocks[:, layout.scale_index] = rest.T
-    layout.put_codes(codes.reshape(len(blocks), -1), blocks)
+    layout.put_codes(codes.reshape(-1, layout.block), blocks)
     return blocks.reshape(-1)
 
 
