@@ -7,7 +7,7 @@ from typing import Any
 
 from edgekit.artifact import Artifact
 from edgekit.errors import DoesNotFitError, RefusedError, UsageError
-from edgekit.kernels.ggml import row_bytes
+from edgekit.kernels.ggml import TYPES, row_bytes
 from edgekit.manifest import MANIFEST_NAME, Json
 from edgekit.planner import Depths, fill, resident_bytes, tier_at, uniform
 from edgekit.sizes import format_size
@@ -74,6 +74,7 @@ class Shape:
         n_layers: Blocks.
         context: Longest context the model was trained for, tokens.
         kv_elements: Elements of keys and of values per token and layer, ``[layers][2]``.
+        head_sizes: Of keys and of values.
         width: Floats per token of the widest activations together.
         vocab: Rows of the output head.
     """
@@ -81,6 +82,7 @@ class Shape:
     n_layers: int
     context: int
     kv_elements: tuple[tuple[int, int], ...]
+    head_sizes: tuple[int, int]
     width: int
     vocab: int
 
@@ -102,11 +104,15 @@ def shape_of(architecture: str, model: Mapping[str, Any]) -> Shape:
     feed_forward = _per_layer(prefix, model, "feed_forward_length", width, layers)
     head_k = count("attention.key_length", width // heads)
     head_v = count("attention.value_length", width // heads)
+    n_used = count("expert_used_count") if prefix + "expert_used_count" in model else 0
+    expert_width = count("expert_feed_forward_length", max(feed_forward))
+    experts = n_used * (3 * expert_width + 2 * width)  # all experts of a token at once
     return Shape(
         n_layers=layers,
         context=count("context_length"),
         kv_elements=tuple((n * head_k, n * head_v) for n in kv_heads),
-        width=4 * width + 3 * max(feed_forward) + 2 * heads * (head_k + head_v),
+        head_sizes=(head_k, head_v),
+        width=4 * width + 2 * heads * (head_k + head_v) + 3 * max(feed_forward) + experts,
         vocab=_count("vocab_size", model.get("vocab_size"), MAX_COUNT),
     )
 
@@ -138,20 +144,25 @@ def memory_of(shape: Shape, context: int, kv_type: str, batch: int = DEFAULT_BAT
     The compute bound counts one batch of logits and of the widest layer's activations in float32;
     llama.cpp reuses buffers and stays below it.
     """
-    if kv_type not in KV_TYPES:
-        raise UsageError(f"KV type '{kv_type}' is unknown; choose {', '.join(KV_TYPES)}")
-    kind, cells = (
-        KV_TYPES[kv_type],
-        -(-context // 256) * 256,
-    )  # llama.cpp pads the cache to 256 cells
-    kv = sum(cells * (_kv_bytes(kind, k) + _kv_bytes(kind, v)) for k, v in shape.kv_elements)
+    kind = _kv_kind(shape, kv_type)
+    cells = -(-context // 256) * 256  # llama.cpp pads the cache to that
+    kv = sum(cells * (row_bytes(kind, k) + row_bytes(kind, v)) for k, v in shape.kv_elements)
     tokens = min(batch, context)
     compute = 4 * tokens * (shape.vocab + shape.width) + 8 * cells * tokens
     return Memory(kv, compute, PROCESS_BYTES)
 
 
-def _kv_bytes(kind: str, elements: int) -> int:
-    return row_bytes(kind, elements) if kind == "F16" else row_bytes(kind, -(-elements // 32) * 32)
+def _kv_kind(shape: Shape, kv_type: str) -> str:
+    """The ggml type of the cache; llama.cpp wants whole blocks in every head."""
+    if kv_type not in KV_TYPES:
+        raise UsageError(f"KV type '{kv_type}' is unknown; choose {', '.join(KV_TYPES)}")
+    block = TYPES[KV_TYPES[kv_type]].block
+    if any(size % block for size in shape.head_sizes):
+        raise UsageError(
+            f"KV type {kv_type} needs heads of a multiple of {block}, this model has "
+            f"{shape.head_sizes[0]} and {shape.head_sizes[1]}; choose f16"
+        )
+    return KV_TYPES[kv_type]
 
 
 def plan_budget(

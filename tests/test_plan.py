@@ -1,0 +1,230 @@
+"""Plans: memory against what llama.cpp itself allocates, quality between measured points."""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from converted import plain, tiny
+
+from edgekit.artifact import Artifact, open_artifact
+from edgekit.errors import DoesNotFitError, UsageError
+from edgekit.llama import Context, open_model
+from edgekit.llama.binding import capture_log
+from edgekit.plan import (
+    PROCESS_BYTES,
+    Memory,
+    expected_kl,
+    memory_of,
+    plan_budget,
+    plan_json,
+    plan_tier,
+    plan_weights,
+    shape_of,
+)
+from edgekit.planner import uniform
+
+MIB = 1 << 20
+KV = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB")
+COMPUTE = re.compile(r"sched_reserve: +CPU compute buffer size = +([\d.]+) MiB")
+ROUNDING = 0.00501 * MIB  # of a log line
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models whose heads, experts and windows differ."""
+    options = {
+        "llama": {},
+        "qwen3": {},
+        "qwen3_moe": {"num_experts_per_tok": 8},
+        "olmoe": {},
+        "gemma3_text": {},
+    }
+    made = {}
+    for name, extra in options.items():
+        folder = tmp_path_factory.mktemp(name)
+        checkpoint = tiny(folder / "c", name, width="wide", max_position_embeddings=8192, **extra)
+        made[name] = plain(checkpoint, folder / "a", ("Q8_0",)).artifact
+    return made
+
+
+def told_by_llama_cpp(base: Path, context: int, kv_type: str, batch: int) -> tuple[float, float]:
+    """KV cache and compute buffers that llama.cpp says it needs, bytes; weights are not read."""
+    with (
+        capture_log() as log,
+        open_model(base, no_alloc=True) as model,
+        Context(model, context, n_batch=batch, kv_type=kv_type, n_threads=1),
+    ):
+        lines = list(log)
+    kv, compute = (
+        [float(m[1]) for line in lines if (m := pattern.search(line))] for pattern in (KV, COMPUTE)
+    )
+    assert kv and compute
+    return sum(kv) * MIB, sum(compute) * MIB
+
+
+def told_and_planned(
+    artifact: Path, context: int, kv_type: str, batch: int
+) -> tuple[tuple[float, float], Memory]:
+    with open_artifact(artifact) as opened:
+        manifest = opened.manifest
+        base = artifact / manifest.base.name
+    shape = shape_of(manifest.architecture, manifest.model)
+    told = told_by_llama_cpp(base, context, kv_type, batch)
+    return told, memory_of(shape, context, kv_type, batch)
+
+
+SETTINGS = [(4096, "f16", 512), (300, "f16", 512), (8192, "f16", 32), (100, "f16", 64)]
+QUANTIZED = [(4096, "q8_0", 256), (1000, "q4_0", 128)]
+
+
+@pytest.mark.parametrize(("context", "kv_type", "batch"), SETTINGS + QUANTIZED)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3_moe", "olmoe", "gemma3_text"])
+def test_kv_is_what_llama_cpp_allocates_and_compute_no_less(
+    artifacts: dict[str, Path], name: str, context: int, kv_type: str, batch: int
+) -> None:
+    if kv_type != "f16" and name not in ("llama", "olmoe"):  # heads of 24
+        with pytest.raises(UsageError, match=f"KV type {kv_type} needs heads of a multiple of 32"):
+            told_and_planned(artifacts[name], context, "f16", batch)
+            with open_artifact(artifacts[name]) as opened:
+                plan_budget(opened, 1 << 40, context, kv_type)
+        return
+    (kv, compute), memory = told_and_planned(artifacts[name], context, kv_type, batch)
+    if name == "gemma3_text":  # llama.cpp keeps less for layers with a window
+        assert kv - 2 * ROUNDING <= memory.kv_bytes
+    else:
+        assert abs(memory.kv_bytes - kv) <= ROUNDING
+    assert compute - ROUNDING <= memory.compute_bytes
+
+
+def test_kv_of_a_known_model_is_the_formula_by_hand() -> None:
+    """Llama-3.2-1B: 16 layers, 8 KV heads of 64, 2 bytes, keys and values, 131072 tokens: 4 GiB."""
+    keys = {"block_count": 16, "context_length": 131072, "embedding_length": 2048}
+    keys |= {"feed_forward_length": 8192, "attention.head_count": 32}
+    keys |= {"attention.head_count_kv": 8}
+    model = {f"llama.{key}": value for key, value in keys.items()} | {"vocab_size": 128256}
+    shape = shape_of("llama", model)
+    assert memory_of(shape, 131072, "f16").kv_bytes == 4 << 30
+    assert memory_of(shape, 131072, "q8_0").kv_bytes == (4 << 30) * 34 // 64
+    assert memory_of(shape, 131072, "q4_0").kv_bytes == (4 << 30) * 18 // 64
+    assert memory_of(shape, 1, "f16").kv_bytes == memory_of(shape, 256, "f16").kv_bytes
+
+
+def test_a_plan_counts_every_byte(llama_artifact: Path) -> None:
+    with open_artifact(llama_artifact) as opened:
+        body = plan_json(opened, plan_budget(opened, 1 << 30, 512))
+    parts = ("weights_bytes", "kv_bytes", "compute_bytes", "overhead_bytes")
+    assert body["total_bytes"] == sum(body[part] for part in parts) <= body["budget_bytes"]
+    assert body["weights_bytes"] == sum(row["bytes"] for row in body["tensors"])
+    assert body["overhead_bytes"] == PROCESS_BYTES
+    assert body["fits"] and body["expected_kl"] is None
+    parameters = 8 * body["weights_bytes"] / body["bits_per_weight"]
+    with open_artifact(llama_artifact) as opened:
+        assert parameters == pytest.approx(opened.manifest.n_parameters, rel=1e-3)
+
+
+def test_a_tier_of_the_whole_model_is_planned_tensor_by_tensor(moe_artifact: Path) -> None:
+    with open_artifact(moe_artifact) as opened:
+        plan = plan_tier(opened, "Q4_K")
+        assert plan.depths.tier("blk.0.attn_q.weight") == "Q5_0"  # 96 columns
+        assert plan.depths.tier("blk.0.ffn_down_exps.weight") == "F16"  # 80 columns
+        assert plan.depths.tier("blk.0.ffn_gate_inp.weight") == "source"
+        assert plan.budget_bytes is None
+        with pytest.raises(UsageError, match=r"has no tier Q5_K; it has Q2_K, Q3_K"):
+            plan_tier(opened, "Q5_K")
+
+
+def least_bytes(artifact: Artifact) -> int:
+    return uniform(artifact.stacks, lambda stack: stack.tiers[0]).weights_bytes
+
+
+def test_a_tight_budget_takes_a_smaller_batch_before_it_gives_up(
+    artifacts: dict[str, Path],
+) -> None:
+    with open_artifact(artifacts["llama"]) as opened:
+        shape = shape_of(opened.manifest.architecture, opened.manifest.model)
+        for batch in (512, 128, 32):
+            budget = least_bytes(opened) + memory_of(shape, 4096, "f16", batch).total
+            plan = plan_budget(opened, budget, 4096)
+            assert (plan.batch, plan.total_bytes) == (batch, budget)
+        with pytest.raises(DoesNotFitError):
+            plan_budget(opened, budget - 1, 4096)
+
+
+def test_what_does_not_fit_says_the_numbers_and_a_context_that_would(
+    artifacts: dict[str, Path],
+) -> None:
+    with open_artifact(artifacts["llama"]) as opened:
+        shape = shape_of(opened.manifest.architecture, opened.manifest.model)
+        budget = least_bytes(opened) + memory_of(shape, 2000, "f16", 32).total
+        with pytest.raises(DoesNotFitError) as error:
+            plan_budget(opened, budget, 8192)
+        line = str(error.value)
+        assert re.search(
+            r"needs [\d.]+ MiB \(weights [\d.]+ MiB, KV cache 8\.00 MiB, compute [\d.]+ MiB, "
+            r"process 90\.0 MiB\), the budget is [\d.]+ MiB; it would fit with --context \d+$",
+            line,
+        )
+        suggested = int(line.rsplit(" ", 1)[1])
+        assert 1000 <= suggested <= 2048  # as many cells as 2000
+        assert plan_budget(opened, budget, suggested).total_bytes <= budget
+        assert error.value.exit_code == 3
+
+
+def test_where_no_context_helps_the_budget_that_would_is_named(llama_artifact: Path) -> None:
+    with open_artifact(llama_artifact) as opened:
+        with pytest.raises(DoesNotFitError) as error:
+            plan_budget(opened, 50 * MIB, 256)
+        match = re.search(r"; give --budget (\d+)MiB or more$", str(error.value))
+        assert match
+        enough = int(match[1]) * MIB
+        assert plan_budget(opened, enough, 256).total_bytes <= enough
+        with pytest.raises(DoesNotFitError):
+            plan_budget(opened, enough - 2 * MIB, 256)
+
+
+def test_the_default_context_is_the_models_own_or_4096(
+    artifacts: dict[str, Path], llama_artifact: Path
+) -> None:
+    with open_artifact(llama_artifact) as short, open_artifact(artifacts["llama"]) as long:
+        assert plan_budget(short, 1 << 30).context == 512
+        assert plan_budget(long, 1 << 30).context == 4096
+        assert plan_budget(short, 1 << 30, 700).context == 700
+        for context in (0, -1, 1 << 25):
+            with pytest.raises(UsageError, match=f"context {context} is out of range"):
+                plan_budget(short, 1 << 40, context)
+
+
+ROWS = tuple({"weights_bytes": n, "kl_mean": kl} for n, kl in ((100, 0.1), (200, 0.01), (400, 0.0)))
+
+
+@pytest.mark.parametrize(
+    ("weights_bytes", "kl"),
+    [
+        (100, 0.1),
+        (200, 0.01),
+        (150, math.sqrt(0.1 * 0.01)),  # half way in the logarithm
+        (125, 0.1**0.75 * 0.01**0.25),
+        (50, 0.1),
+        (400, 1e-9),
+        (900, 1e-9),
+    ],
+)
+def test_kl_is_interpolated_in_its_logarithm(weights_bytes: int, kl: float) -> None:
+    assert expected_kl(ROWS, weights_bytes) == pytest.approx(kl)
+    assert expected_kl(ROWS[::-1], weights_bytes) == pytest.approx(kl)
+
+
+def test_what_was_not_measured_has_no_expected_kl() -> None:
+    assert expected_kl((), 100) is None
+    assert expected_kl(ROWS[:1], 7) == pytest.approx(0.1)
+
+
+def test_a_plan_expects_the_measured_kl_of_its_weights(llama_artifact: Path) -> None:
+    with open_artifact(llama_artifact) as opened:
+        least = least_bytes(opened)
+        rows = ({"weights_bytes": least, "kl_mean": 0.5}, {"weights_bytes": 1 << 40, "kl_mean": 0})
+        opened.manifest = replace(opened.manifest, quality=rows)
+        assert plan_weights(opened, least).expected_kl == pytest.approx(0.5)
+        assert plan_json(opened, plan_weights(opened, least))["expected_kl"] == pytest.approx(0.5)
