@@ -70,7 +70,8 @@ def convert(
         edgekit convert ./Llama-3.2-1B -o llama-edge
         edgekit convert ./Llama-3.2-1B -o llama-edge --tiers Q4_K,Q8_0,source --no-calibration
     """
-    from edgekit.convert import Options, convert, preview
+    from edgekit.convert import convert, preview
+    from edgekit.convert_options import Options
 
     if sum((calibration is not None, imatrix is not None, no_calibration)) > 1:
         raise UsageError(
