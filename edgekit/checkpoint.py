@@ -25,6 +25,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_JSON_BYTES = 1 << 26  # config.json is a few kB; the index of a 1000-shard model about 10 MB
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz"}
+READ = {".json", ".jinja", ".model", ".txt", ".safetensors"}
+TEMPLATE_FOLDER = "additional_chat_templates"  # where transformers puts named chat templates
 CODE_KEYS = {"auto_map", "trust_remote_code", "custom_pipelines"}
 NUMPY: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
@@ -63,6 +65,7 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise UsageError(f"{folder} is not a folder; give a Hugging Face checkpoint folder")
+        _check_links(folder)
         config, notes = _without_code(read_json(folder, "config.json"))
         shards, more = _shards(folder)
         files, tensors = _read_shards(folder, shards)
@@ -154,6 +157,17 @@ def contained(folder: Path, name: str) -> Path | None:
     if not path.is_file():
         raise RefusedError(f"{folder}/{name} is not a regular file")
     return path
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse links out of the folder under names that any stage may read and copy from."""
+    templates = folder / TEMPLATE_FOLDER
+    if not templates.resolve().is_relative_to(folder.resolve()):
+        raise RefusedError(f"{templates} leads out of the checkpoint; copy the files into it")
+    for place in (folder, templates):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            if path.suffix in READ:
+                contained(place, path.name)
 
 
 def _is_plain(name: object) -> bool:

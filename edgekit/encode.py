@@ -154,9 +154,10 @@ def _encode_chunk(
     raw = source.rows(start, stop)
     weights = dequantize(source.source_type, raw).reshape(stop - start, -1)
     if not np.isfinite(weights).all():
+        rows = start + np.flatnonzero(~np.isfinite(weights).all(axis=1))
+        told = f"row {rows[0]}" if len(rows) == 1 else f"rows {rows[0]} to {rows[-1]}"
         raise RefusedError(
-            f"tensor {source.name} has NaN or infinite weights in rows {start} to {stop - 1}; "
-            "repair the checkpoint"
+            f"tensor {source.name} has NaN or infinite weights in {told}; repair the checkpoint"
         )
     importance = None if job.imatrix is None else job.imatrix[expert]
     blobs, errors, below = [], np.zeros(len(chain)), None

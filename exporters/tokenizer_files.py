@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.errors import RefusedError
+from edgekit.safetensors_header import no_duplicates
 
 MAX_JSON_BYTES = 256 * 1024**2  # tokenizer.json of a vocabulary of 262 144 tokens has 34 MB
 MAX_TEMPLATE_BYTES = 64 * 1024**2  # the longest string a GGUF may hold here
@@ -65,9 +66,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(_read_text(path, MAX_JSON_BYTES))
+        text = _read_text(path, MAX_JSON_BYTES)
+        value = json.loads(text, object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise RefusedError(f"{path} is no JSON: {error}; get the file again") from error
+        raise RefusedError(f"{path} is no sound JSON: {error}; get the file again") from error
     if not isinstance(value, dict):
         raise RefusedError(f"{path} holds a {type(value).__name__}, needs a JSON object")
     return value
