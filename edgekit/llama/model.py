@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from edgekit.errors import EdgekitError, UnsupportedError, UsageError
 from edgekit.exporters.gguf import Gguf, read_header, tensor_offsets
+from edgekit.exporters.normalizers import TextNormalizer
 from edgekit.llama.binding import LOG, binding
 from edgekit.llama.stream import CookieFile, VirtualFile, has_fopencookie
 
@@ -61,6 +62,7 @@ class Model:
         self._cookie = cookie
         self._contexts: weakref.WeakSet[Closable] = weakref.WeakSet()
         self.header = header
+        self._normalized = TextNormalizer(header.metadata)
         self._vocab = lib.llama_model_get_vocab(handle)
         self.vocab = _vocab_facts(lib, self._vocab)
         self.weights_bytes = int(lib.llama_model_size(handle))
@@ -107,14 +109,15 @@ class Model:
     def tokenize(
         self, text: str, *, add_special: bool = True, parse_special: bool = False
     ) -> list[int]:
-        """Turn text into token ids.
+        """Turn text into token ids, after the normalization that the GGUF asks edgekit for.
 
         Args:
             text: Any text.
             add_special: Put BOS and EOS where the model wants them.
             parse_special: Read ``<|eot|>`` and the like in the text as that one token.
         """
-        data, lib = text.encode("utf-8", "replace"), binding()
+        data = self._normalized(text, parse_special).encode("utf-8", "replace")
+        lib = binding()
         capacity = len(data) + 8  # a token covers at least a byte; room for BOS, EOS and a prefix
         while True:
             ids = (ctypes.c_int32 * capacity)()
