@@ -18,7 +18,26 @@ from edgekit.errors import EdgekitError
 
 
 class _Group(click.Group):
-    """The one place where errors become exit codes."""
+    """The one place where errors become exit codes, each with one line on stderr."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run a command; errors in options and arguments are one line too."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            code = error.exit_code
+        except click.ClickException as error:
+            context = getattr(error, "ctx", None)
+            path = context.command_path if context else "edgekit"
+            code = _line(
+                f"{error.format_message().rstrip('.')}; see {path} --help", error.exit_code
+            )
+        except click.Abort:
+            code = _line("stopped", 1)
+        sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -30,6 +49,9 @@ class _Group(click.Group):
             ctx.exit(1)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            _fail(f"{place}{error.strerror or error}; check the path and its permissions", 1)
         except Exception as error:
             _fail(f"{type(error).__name__}: {error}; this is a bug, please report it with -v", 1)
 
@@ -37,8 +59,12 @@ class _Group(click.Group):
 def _fail(message: str, code: int) -> None:
     if _verbose():
         traceback.print_exc()
+    raise click.exceptions.Exit(_line(message, code))
+
+
+def _line(message: str, code: int) -> int:
     click.echo(f"Error: {' '.join(message.split())}", err=True)
-    raise click.exceptions.Exit(code)
+    return code
 
 
 def _verbose() -> bool:
