@@ -29,8 +29,10 @@ setup(
     ext_modules=[
         Extension(
             "edgekit.kernels._nested",
-            sources=["kernels/blocks.c", "kernels/nested.c", "kernels/packing.c"],
-            depends=["kernels/blocks.h", "kernels/native.h"],
+            sources=[
+                f"kernels/{name}.c" for name in ("blocks", "nested", "nested_float", "packing")
+            ],
+            depends=[f"kernels/{name}.h" for name in ("native", "blocks", "units")],
             optional=True,
         )
     ],

@@ -29,7 +29,7 @@
 #endif
 
 /* Compiled for several machines, chosen when the library is loaded; all give the same bits. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
+#if defined(__x86_64__) && !defined(__clang__) && defined(__GLIBC__) && __GNUC__ >= 9
 #define FAST __attribute__((target_clones("avx2", "default")))
 #else
 #define FAST

@@ -1,8 +1,8 @@
-/* One level of the `nested` codec: what nested_ref.py says, in C, unit by unit of 256 weights.
+/* Levels to types with codes: what nested_ref.py says, in C, unit by unit of 256 weights.
  *
  * Functions return 0, or say what is wrong with a positive number; they read and write nothing
  * outside the arrays they are given, whatever those hold. */
-#include "blocks.h"
+#include "units.h"
 
 #include <stdlib.h>
 
@@ -11,38 +11,10 @@
 #include <immintrin.h>
 #endif
 
-enum { CODE_STREAMS = 8, FLOAT_STREAMS = 9, MOST_STREAMS = 9, SAMPLE = 256 };
-enum { BAD_TYPE = 100 }; /* below: 1 + the stream whose length does not fit */
+enum { SAMPLE = 256 };
 static const float ROUND = 12582912.0f; /* 1.5 * 2**23: adding it rounds half to even */
-static const uint32_t EXPONENT = 0x7f800000, MAGNITUDE = 0x7fffffff, TINY = 27u << 23;
 
 EXPORT int nested_abi(void) { return 1; }
-
-/* The parent's values in a unit: codes, or the weights of a float parent. */
-INLINE void read_values(int type, int n, const uint8_t *parent, float value[UNIT]) {
-    if (type == T_F32) {
-        for (int i = 0; i < UNIT; i++) value[i] = 0.0f;
-        memcpy(value, parent, (size_t)n * 4);
-        for (int i = 0; i < UNIT; i++) {
-            const uint32_t bits = bits_of(value[i]), exponent = bits & EXPONENT;
-            value[i] = float_of(exponent >= TINY && exponent != EXPONENT ? bits : 0);
-        }
-        return;
-    }
-    uint8_t code[UNIT];
-    const layout_t layout = layout_of(type);
-    blocks_read_codes(type, n, parent, code);
-    for (int i = 0; i < UNIT; i++) value[i] = (float)((code[i] ^ layout.flip) + layout.low);
-}
-
-INLINE void read_parent_scales(int type, int n, const uint8_t *parent, float scale[GROUPS],
-                               float offset[GROUPS]) {
-    if (type != T_F32) {
-        blocks_read_scales(type, n, parent, scale, offset);
-        return;
-    }
-    for (int g = 0; g < GROUPS; g++) scale[g] = 1.0f, offset[g] = 0.0f;
-}
 
 INLINE int is_finite(float f) { return (bits_of(f) & EXPONENT) != EXPONENT; }
 
@@ -68,18 +40,19 @@ INLINE void unit_predict(const float value[UNIT], const float step[GROUPS],
                          const float start[GROUPS], layout_t layout, int16_t predicted[UNIT],
                          int16_t negate[UNIT], uint8_t far[UNIT]) {
     const float low = (float)layout.low, high = (float)(layout.low + (1 << layout.bits) - 1);
+    float exact[UNIT], fraction[UNIT];
     for (int g = 0; g < GROUPS; g++)
-        for (int i = g * GROUP; i < (g + 1) * GROUP; i++) {
-            float exact = value[i] * step[g] + start[g];
-            exact = exact < low ? low : exact;
-            exact = exact > high ? high : exact;
-            const float rounded = (exact + ROUND) - ROUND;
-            const float fraction = exact - rounded;
-            const float distance = fraction < 0.0f ? -fraction : fraction;
-            predicted[i] = (int16_t)(int32_t)rounded;
-            negate[i] = fraction < 0.0f ? -1 : 0;
-            far[i] = distance >= 0.25f ? 1 : 0;
-        }
+        for (int i = g * GROUP; i < (g + 1) * GROUP; i++)
+            exact[i] = value[i] * step[g] + start[g];
+    for (int i = 0; i < UNIT; i++) {
+        float within = exact[i] < low ? low : exact[i];
+        within = within > high ? high : within;
+        const float shifted = within + ROUND;
+        predicted[i] = (int16_t)(bits_of(shifted) - 0x4b400000u);
+        fraction[i] = within - (shifted - ROUND);
+    }
+    for (int i = 0; i < UNIT; i++) negate[i] = (int16_t)-(fraction[i] < 0.0f);
+    for (int i = 0; i < UNIT; i++) far[i] = (bits_of(fraction[i]) & MAGNITUDE) >= 0x3e800000u;
 }
 
 INLINE int step_class(float step, const uint32_t limits[3]) {
@@ -125,22 +98,13 @@ INLINE void unit_rest(layout_t layout, int n, uint8_t *child, uint8_t *rest, siz
     }
 }
 
-INLINE size_t unit_bytes(int type) {
-    if (type == T_F32) return UNIT * 4;
-    if (type == T_F16 || type == T_BF16) return UNIT * 2;
-    const layout_t layout = layout_of(type);
-    return (size_t)(UNIT / layout.block * layout.block_bytes);
-}
-
 /* streams: CODE_STREAMS arrays with room for n + GROUP residuals each; counts: how many were
  * written. rest: the child's scale bytes, in planes. */
 FAST EXPORT int nested_split_codes(int parent_type, int child_type, size_t n,
                                    const uint8_t *parent, uint8_t *child, uint32_t limits[3],
                                    int16_t *const streams[], size_t counts[], uint8_t *rest) {
-    const layout_t layout = layout_of(child_type), from = layout_of(parent_type);
-    if (!layout.block || n % (size_t)layout.block || (parent_type != T_F32 && !from.block) ||
-        (from.block && n % (size_t)from.block))
-        return BAD_TYPE;
+    const layout_t layout = layout_of(child_type);
+    if (!layout.block || n % (size_t)layout.block || !is_parent(parent_type, n)) return BAD_TYPE;
     const size_t parent_unit = unit_bytes(parent_type), child_unit = unit_bytes(child_type);
     const int half = 1 << (layout.bits - 1);
     int16_t *to[CODE_STREAMS];
@@ -177,45 +141,6 @@ FAST EXPORT int nested_split_codes(int parent_type, int child_type, size_t n,
         }
     }
     for (int k = 0; k < CODE_STREAMS; k++) counts[k] = (size_t)(to[k] - streams[k]);
-    return 0;
-}
-
-/* Where a join reads its streams. Before each unit every stream must have a unit's worth of
- * readable residuals; near its end a stream goes on in a copy padded with zeros. */
-typedef struct {
-    const int16_t *at[MOST_STREAMS], *end[MOST_STREAMS];
-    int16_t tail[MOST_STREAMS][2 * UNIT];
-    int is_tail[MOST_STREAMS];
-} reader_t;
-
-INLINE void reader_start(reader_t *reader, int n_streams, const int16_t *const streams[],
-                         const size_t counts[]) {
-    for (int k = 0; k < n_streams; k++) {
-        reader->at[k] = streams[k];
-        reader->end[k] = streams[k] + counts[k];
-        reader->is_tail[k] = 0;
-    }
-}
-
-/* Returns 1 + a stream that was read beyond its end, or 0. */
-INLINE int reader_check(reader_t *reader, int n_streams) {
-    for (int k = 0; k < n_streams; k++) {
-        const ptrdiff_t left = reader->end[k] - reader->at[k];
-        if (left < 0) return 1 + k;
-        if (left < UNIT && !reader->is_tail[k]) {
-            memset(reader->tail[k], 0, sizeof reader->tail[k]);
-            if (left) memcpy(reader->tail[k], reader->at[k], (size_t)left * 2);
-            reader->at[k] = reader->tail[k];
-            reader->end[k] = reader->tail[k] + left;
-            reader->is_tail[k] = 1;
-        }
-    }
-    return 0;
-}
-
-INLINE int reader_end(const reader_t *reader, int n_streams) {
-    for (int k = 0; k < n_streams; k++)
-        if (reader->at[k] != reader->end[k]) return 1 + k;
     return 0;
 }
 
@@ -270,10 +195,8 @@ FAST EXPORT int nested_join_codes(int parent_type, int child_type, size_t n,
                                   const uint8_t *parent, uint8_t *child, const uint32_t limits[3],
                                   const int16_t *const streams[], const size_t counts[],
                                   uint8_t *rest) {
-    const layout_t layout = layout_of(child_type), from = layout_of(parent_type);
-    if (!layout.block || n % (size_t)layout.block || (parent_type != T_F32 && !from.block) ||
-        (from.block && n % (size_t)from.block))
-        return BAD_TYPE;
+    const layout_t layout = layout_of(child_type);
+    if (!layout.block || n % (size_t)layout.block || !is_parent(parent_type, n)) return BAD_TYPE;
     const size_t parent_unit = unit_bytes(parent_type), child_unit = unit_bytes(child_type);
     reader_t reader;
     reader_start(&reader, CODE_STREAMS, streams, counts);
@@ -299,155 +222,4 @@ FAST EXPORT int nested_join_codes(int parent_type, int child_type, size_t n,
         blocks_write_codes(child_type, m, child, code);
     }
     return reader_end(&reader, CODE_STREAMS);
-}
-
-/* Magnitude of float32 bits in units of the child's last place, times 2**shift. */
-INLINE int32_t fixed_of(uint32_t bits, int child_type) {
-    const int32_t magnitude = (int32_t)(bits & MAGNITUDE);
-    if (child_type != T_F16) return magnitude;
-    const int small = magnitude < 113 << 23;
-    const float weight = float_of(small ? (uint32_t)magnitude : 0);
-    const int32_t even = (int32_t)(weight * 137438953472.0f); /* 2**37 */
-    const int32_t most = 0x7bff << 13, normal = magnitude - (112 << 23);
-    return small ? even : normal < most ? normal : most;
-}
-
-/* Predictions of a unit of a float child: ordered bits, of F32 unrounded; see nested_ref.py. */
-INLINE void unit_predict_float(int parent_type, int child_type, int m, const uint8_t *parent,
-                               int32_t predicted[UNIT], int16_t negate[UNIT],
-                               uint8_t stream[UNIT]) {
-    const int shift = child_type == T_F16 ? 13 : 16, is_whole = child_type == T_F32;
-    float value[UNIT], scale[GROUPS], offset[GROUPS];
-    uint32_t bits[UNIT];
-    read_values(parent_type, m, parent, value);
-    read_parent_scales(parent_type, m, parent, scale, offset);
-    for (int g = 0; g < GROUPS; g++) {
-        int largest = 0, unit = (int)((bits_of(scale[g]) & EXPONENT) >> 23);
-        for (int i = g * GROUP; i < (g + 1) * GROUP; i++) {
-            const float weight =
-                parent_type == T_F32 ? value[i] : value[i] * scale[g] + offset[g];
-            bits[i] = bits_of(weight);
-            bits[i] = (bits[i] & EXPONENT) == EXPONENT ? 0 : bits[i];
-            const int exponent = (int)((bits[i] & EXPONENT) >> 23);
-            largest = exponent > largest ? exponent : largest;
-        }
-        if (parent_type == T_F32) unit = largest - 2;
-        for (int i = g * GROUP; i < (g + 1) * GROUP; i++) {
-            int octave = unit - (int)((bits[i] & EXPONENT) >> 23) + 7;
-            octave = octave < 0 ? 0 : octave;
-            stream[i] = (uint8_t)(octave > 8 ? 8 : octave);
-        }
-    }
-    for (int i = 0; i < UNIT; i++) {
-        const int32_t magnitude = fixed_of(bits[i], child_type), sign = -(int32_t)(bits[i] >> 31);
-        const int32_t rounded = (magnitude + (1 << (shift - 1))) >> shift;
-        const int fold = (magnitude < rounded << shift) ^ (sign & 1);
-        predicted[i] = (is_whole ? magnitude : rounded) ^ sign;
-        negate[i] = fold && !is_whole ? -1 : 0;
-    }
-}
-
-INLINE int32_t ordered16(int32_t bits) { return (int16_t)(bits ^ (((int16_t)bits >> 15) & 0x7fff)); }
-
-INLINE uint32_t ordered32(uint32_t bits) { return bits ^ (bits >> 31 ? MAGNITUDE : 0); }
-
-/* As nested_split_codes, for a float child; rest: of F32 the low 16 bits, in two planes. */
-INLINE void split_float(int parent_type, int child_type, size_t n, const uint8_t *parent,
-                        const uint8_t *child, int16_t *to[], uint8_t *rest) {
-    const size_t parent_unit = unit_bytes(parent_type), size = child_type == T_F32 ? 4 : 2;
-    for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += UNIT * size) {
-        const int m = n - done < UNIT ? (int)(n - done) : UNIT;
-        int32_t predicted[UNIT];
-        int16_t negate[UNIT], residual[UNIT];
-        uint8_t stream[UNIT];
-        unit_predict_float(parent_type, child_type, m, parent, predicted, negate, stream);
-        if (child_type == T_F32) {
-            uint32_t bits[UNIT] = {0};
-            memcpy(bits, child, (size_t)m * 4);
-            for (int i = 0; i < UNIT; i++) {
-                bits[i] = ordered32(bits[i]) - (uint32_t)predicted[i];
-                residual[i] = (int16_t)(uint16_t)((bits[i] + 0x8000u) >> 16);
-            }
-            for (int i = 0; i < m; i++) {
-                rest[done + (size_t)i] = (uint8_t)bits[i];
-                rest[n + done + (size_t)i] = (uint8_t)(bits[i] >> 8);
-            }
-        } else {
-            int16_t bits[UNIT] = {0};
-            memcpy(bits, child, (size_t)m * 2);
-            for (int i = 0; i < UNIT; i++) {
-                const int16_t difference = (int16_t)(ordered16(bits[i]) - predicted[i]);
-                residual[i] = (int16_t)((difference ^ negate[i]) - negate[i]);
-            }
-        }
-        for (int i = 0; i < m; i++) *to[stream[i]]++ = residual[i];
-    }
-}
-
-FAST EXPORT int nested_split_float(int parent_type, int child_type, size_t n,
-                                   const uint8_t *parent, uint8_t *child, uint32_t limits[3],
-                                   int16_t *const streams[], size_t counts[], uint8_t *rest) {
-    const layout_t from = layout_of(parent_type);
-    int16_t *to[FLOAT_STREAMS];
-    if ((parent_type != T_F32 && !from.block) || (from.block && n % (size_t)from.block))
-        return BAD_TYPE;
-    for (int k = 0; k < 3; k++) limits[k] = 0;
-    for (int k = 0; k < FLOAT_STREAMS; k++) to[k] = streams[k];
-    switch (child_type) { /* a copy of the loop for each */
-    case T_BF16: split_float(parent_type, T_BF16, n, parent, child, to, rest); break;
-    case T_F16: split_float(parent_type, T_F16, n, parent, child, to, rest); break;
-    case T_F32: split_float(parent_type, T_F32, n, parent, child, to, rest); break;
-    default: return BAD_TYPE;
-    }
-    for (int k = 0; k < FLOAT_STREAMS; k++) counts[k] = (size_t)(to[k] - streams[k]);
-    return 0;
-}
-
-INLINE int join_float(int parent_type, int child_type, size_t n, const uint8_t *parent,
-                      uint8_t *child, reader_t *reader, const uint8_t *rest) {
-    const size_t parent_unit = unit_bytes(parent_type), size = child_type == T_F32 ? 4 : 2;
-    for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += UNIT * size) {
-        const int m = n - done < UNIT ? (int)(n - done) : UNIT;
-        int32_t predicted[UNIT];
-        int16_t negate[UNIT], residual[UNIT] = {0};
-        uint8_t stream[UNIT];
-        const int bad = reader_check(reader, FLOAT_STREAMS);
-        if (bad) return bad;
-        unit_predict_float(parent_type, child_type, m, parent, predicted, negate, stream);
-        for (int i = 0; i < m; i++) residual[i] = *reader->at[stream[i]]++;
-        if (child_type == T_F32) {
-            uint32_t bits[UNIT];
-            for (int i = 0; i < m; i++) {
-                const size_t at = done + (size_t)i;
-                const int16_t low = (int16_t)(uint16_t)(rest[at] | rest[n + at] << 8);
-                const uint32_t whole = ((uint32_t)(uint16_t)residual[i] << 16) + (uint32_t)low;
-                bits[i] = ordered32((uint32_t)predicted[i] + whole);
-            }
-            memcpy(child, bits, (size_t)m * 4);
-        } else {
-            int16_t bits[UNIT];
-            for (int i = 0; i < UNIT; i++)
-                bits[i] = (int16_t)ordered16(predicted[i] + ((residual[i] ^ negate[i]) - negate[i]));
-            memcpy(child, bits, (size_t)m * 2);
-        }
-    }
-    return reader_end(reader, FLOAT_STREAMS);
-}
-
-FAST EXPORT int nested_join_float(int parent_type, int child_type, size_t n,
-                                  const uint8_t *parent, uint8_t *child, const uint32_t limits[3],
-                                  const int16_t *const streams[], const size_t counts[],
-                                  uint8_t *rest) {
-    const layout_t from = layout_of(parent_type);
-    reader_t reader;
-    (void)limits;
-    if ((parent_type != T_F32 && !from.block) || (from.block && n % (size_t)from.block))
-        return BAD_TYPE;
-    reader_start(&reader, FLOAT_STREAMS, streams, counts);
-    switch (child_type) {
-    case T_BF16: return join_float(parent_type, T_BF16, n, parent, child, &reader, rest);
-    case T_F16: return join_float(parent_type, T_F16, n, parent, child, &reader, rest);
-    case T_F32: return join_float(parent_type, T_F32, n, parent, child, &reader, rest);
-    default: return BAD_TYPE;
-    }
 }

@@ -1,0 +1,149 @@
+/* Levels to BF16, F16 and F32: what nested_ref.py says, in C. See nested.c. */
+#include "units.h"
+
+/* Magnitude of float32 bits in units of the child's last place, times 2**shift. */
+INLINE int32_t fixed_of(uint32_t bits, int child_type) {
+    const int32_t magnitude = (int32_t)(bits & MAGNITUDE);
+    if (child_type != T_F16) return magnitude;
+    const int small = magnitude < 113 << 23;
+    const float weight = float_of(small ? (uint32_t)magnitude : 0);
+    const int32_t even = (int32_t)(weight * 137438953472.0f); /* 2**37 */
+    const int32_t most = 0x7bff << 13, normal = magnitude - (112 << 23);
+    return small ? even : normal < most ? normal : most;
+}
+
+/* Predictions of a unit of a float child: ordered bits, of F32 unrounded; see nested_ref.py. */
+INLINE void unit_predict_float(int parent_type, int child_type, int m, const uint8_t *parent,
+                               int32_t predicted[UNIT], int16_t negate[UNIT],
+                               uint8_t stream[UNIT]) {
+    const int shift = child_type == T_F16 ? 13 : 16, is_whole = child_type == T_F32;
+    float value[UNIT], scale[GROUPS], offset[GROUPS];
+    uint32_t bits[UNIT];
+    read_values(parent_type, m, parent, value);
+    read_parent_scales(parent_type, m, parent, scale, offset);
+    for (int g = 0; g < GROUPS; g++) {
+        int largest = 0, unit = (int)((bits_of(scale[g]) & EXPONENT) >> 23);
+        for (int i = g * GROUP; i < (g + 1) * GROUP; i++) {
+            const float weight =
+                parent_type == T_F32 ? value[i] : value[i] * scale[g] + offset[g];
+            bits[i] = bits_of(weight);
+            bits[i] = (bits[i] & EXPONENT) == EXPONENT ? 0 : bits[i];
+            const int exponent = (int)((bits[i] & EXPONENT) >> 23);
+            largest = exponent > largest ? exponent : largest;
+        }
+        if (parent_type == T_F32) unit = largest - 2;
+        for (int i = g * GROUP; i < (g + 1) * GROUP; i++) {
+            int octave = unit - (int)((bits[i] & EXPONENT) >> 23) + 7;
+            octave = octave < 0 ? 0 : octave;
+            stream[i] = (uint8_t)(octave > 8 ? 8 : octave);
+        }
+    }
+    for (int i = 0; i < UNIT; i++) {
+        const int32_t magnitude = fixed_of(bits[i], child_type), sign = -(int32_t)(bits[i] >> 31);
+        const int32_t rounded = (magnitude + (1 << (shift - 1))) >> shift;
+        const int fold = (magnitude < rounded << shift) ^ (sign & 1);
+        predicted[i] = (is_whole ? magnitude : rounded) ^ sign;
+        negate[i] = fold && !is_whole ? -1 : 0;
+    }
+}
+
+INLINE int32_t ordered16(int32_t bits) { return (int16_t)(bits ^ (((int16_t)bits >> 15) & 0x7fff)); }
+
+INLINE uint32_t ordered32(uint32_t bits) { return bits ^ (bits >> 31 ? MAGNITUDE : 0); }
+
+/* As nested_split_codes, for a float child; rest: of F32 the low 16 bits, in two planes. */
+INLINE void split_float(int parent_type, int child_type, size_t n, const uint8_t *parent,
+                        const uint8_t *child, int16_t *to[], uint8_t *rest) {
+    const size_t parent_unit = unit_bytes(parent_type), size = child_type == T_F32 ? 4 : 2;
+    for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += UNIT * size) {
+        const int m = n - done < UNIT ? (int)(n - done) : UNIT;
+        int32_t predicted[UNIT];
+        int16_t negate[UNIT], residual[UNIT];
+        uint8_t stream[UNIT];
+        unit_predict_float(parent_type, child_type, m, parent, predicted, negate, stream);
+        if (child_type == T_F32) {
+            uint32_t bits[UNIT] = {0};
+            memcpy(bits, child, (size_t)m * 4);
+            for (int i = 0; i < UNIT; i++) {
+                bits[i] = ordered32(bits[i]) - (uint32_t)predicted[i];
+                residual[i] = (int16_t)(uint16_t)((bits[i] + 0x8000u) >> 16);
+            }
+            for (int i = 0; i < m; i++) {
+                rest[done + (size_t)i] = (uint8_t)bits[i];
+                rest[n + done + (size_t)i] = (uint8_t)(bits[i] >> 8);
+            }
+        } else {
+            int16_t bits[UNIT] = {0};
+            memcpy(bits, child, (size_t)m * 2);
+            for (int i = 0; i < UNIT; i++) {
+                const int16_t difference = (int16_t)(ordered16(bits[i]) - predicted[i]);
+                residual[i] = (int16_t)((difference ^ negate[i]) - negate[i]);
+            }
+        }
+        for (int i = 0; i < m; i++) *to[stream[i]]++ = residual[i];
+    }
+}
+
+FAST EXPORT int nested_split_float(int parent_type, int child_type, size_t n,
+                                   const uint8_t *parent, uint8_t *child, uint32_t limits[3],
+                                   int16_t *const streams[], size_t counts[], uint8_t *rest) {
+    int16_t *to[FLOAT_STREAMS];
+    if (!is_parent(parent_type, n)) return BAD_TYPE;
+    for (int k = 0; k < 3; k++) limits[k] = 0;
+    for (int k = 0; k < FLOAT_STREAMS; k++) to[k] = streams[k];
+    switch (child_type) { /* a copy of the loop for each */
+    case T_BF16: split_float(parent_type, T_BF16, n, parent, child, to, rest); break;
+    case T_F16: split_float(parent_type, T_F16, n, parent, child, to, rest); break;
+    case T_F32: split_float(parent_type, T_F32, n, parent, child, to, rest); break;
+    default: return BAD_TYPE;
+    }
+    for (int k = 0; k < FLOAT_STREAMS; k++) counts[k] = (size_t)(to[k] - streams[k]);
+    return 0;
+}
+
+INLINE int join_float(int parent_type, int child_type, size_t n, const uint8_t *parent,
+                      uint8_t *child, reader_t *reader, const uint8_t *rest) {
+    const size_t parent_unit = unit_bytes(parent_type), size = child_type == T_F32 ? 4 : 2;
+    for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += UNIT * size) {
+        const int m = n - done < UNIT ? (int)(n - done) : UNIT;
+        int32_t predicted[UNIT];
+        int16_t negate[UNIT], residual[UNIT] = {0};
+        uint8_t stream[UNIT];
+        const int bad = reader_check(reader, FLOAT_STREAMS);
+        if (bad) return bad;
+        unit_predict_float(parent_type, child_type, m, parent, predicted, negate, stream);
+        for (int i = 0; i < m; i++) residual[i] = *reader->at[stream[i]]++;
+        if (child_type == T_F32) {
+            uint32_t bits[UNIT];
+            for (int i = 0; i < m; i++) {
+                const size_t at = done + (size_t)i;
+                const int16_t low = (int16_t)(uint16_t)(rest[at] | rest[n + at] << 8);
+                const uint32_t whole = ((uint32_t)(uint16_t)residual[i] << 16) + (uint32_t)low;
+                bits[i] = ordered32((uint32_t)predicted[i] + whole);
+            }
+            memcpy(child, bits, (size_t)m * 4);
+        } else {
+            int16_t bits[UNIT];
+            for (int i = 0; i < UNIT; i++)
+                bits[i] = (int16_t)ordered16(predicted[i] + ((residual[i] ^ negate[i]) - negate[i]));
+            memcpy(child, bits, (size_t)m * 2);
+        }
+    }
+    return reader_end(reader, FLOAT_STREAMS);
+}
+
+FAST EXPORT int nested_join_float(int parent_type, int child_type, size_t n,
+                                  const uint8_t *parent, uint8_t *child, const uint32_t limits[3],
+                                  const int16_t *const streams[], const size_t counts[],
+                                  uint8_t *rest) {
+    reader_t reader;
+    (void)limits;
+    if (!is_parent(parent_type, n)) return BAD_TYPE;
+    reader_start(&reader, FLOAT_STREAMS, streams, counts);
+    switch (child_type) {
+    case T_BF16: return join_float(parent_type, T_BF16, n, parent, child, &reader, rest);
+    case T_F16: return join_float(parent_type, T_F16, n, parent, child, &reader, rest);
+    case T_F32: return join_float(parent_type, T_F32, n, parent, child, &reader, rest);
+    default: return BAD_TYPE;
+    }
+}
