@@ -9,7 +9,8 @@ from setuptools.command.build_ext import build_ext
 
 # No -ffast-math, no fused multiply-add: predictions are the same on every machine.
 FLAGS = {"msvc": ["/O2", "/std:c11", "/fp:precise"]}
-UNIX_FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fvisibility=hidden"]
+# Python's own -fwrapv keeps loops over int from vectorizing: decoding took twice as long.
+UNIX_FLAGS = ["-std=gnu11", "-O3", "-fno-wrapv", "-ffp-contract=off", "-fvisibility=hidden"]
 
 
 class BuildLibrary(build_ext):
