@@ -23,6 +23,8 @@ from edgekit.kernels.ggml import TYPES, dequantize, quantize, row_bytes, type_fo
 from edgekit.spool import TensorRecord
 from edgekit.stack import SOURCE
 
+LOSS_WEIGHTS = 1 << 16  # of a chunk; losses from all of it cost 4 % of the quantizers' own time
+
 ByteArray = npt.NDArray[np.uint8]
 F32Array = npt.NDArray[np.float32]
 
@@ -160,6 +162,7 @@ def _encode_chunk(
             f"tensor {source.name} has NaN or infinite weights in {told}; repair the checkpoint"
         )
     importance = None if job.imatrix is None else job.imatrix[expert]
+    sample = slice(None, None, -(-weights.size // LOSS_WEIGHTS))  # rows the losses are taken from
     blobs, errors, below = [], np.zeros(len(chain)), None
     for i, tier in enumerate(chain):
         kind = source.source_type if tier == SOURCE else tier
@@ -171,11 +174,11 @@ def _encode_chunk(
         else:
             blobs.append(frame(CODECS[job.codec].encode_chunk(below[0], kind, below[1], blocks)))
         if tier != SOURCE:
-            errors[i] = _weighted(
-                dequantize(kind, blocks).reshape(weights.shape) - weights, importance
-            )
+            kept = dequantize(kind, blocks.reshape(len(weights), -1)[sample])
+            wanted = weights[sample]
+            errors[i] = _weighted(kept.reshape(wanted.shape) - wanted, importance)
         below = kind, blocks
-    return _Chunk(blobs, errors, _weighted(weights, importance))
+    return _Chunk(blobs, errors, _weighted(weights[sample], importance))
 
 
 def _weighted(values: F32Array, importance: F32Array | None) -> float:
