@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE, ARTIFACT = "samples/tiny-llama", "demo/tiny-llama"
-PROMPT = "def read(path):\n"
+PROMPT = "def read(path):"
 N_BUDGETS = 6
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     show("inspect", ARTIFACT)
     budgets = plan_budgets()
     for budget in (budgets[0], budgets[-1]):
-        show("run", ARTIFACT, "--budget", budget, "-p", PROMPT, "-n", "48", "--temperature", "0")
+        show("run", ARTIFACT, "--budget", budget, "-p", PROMPT, "-n", "64", "--temperature", "0.7")
     print(f"\nThe artifact is in {ARTIFACT}; the command line is .venv/bin/edgekit. ", end="")
     print(f"The demo took {time.monotonic() - begin:.0f} s.")
 
@@ -35,15 +35,15 @@ def plan_budgets() -> list[str]:
     roomy = ask("plan", ARTIFACT, "--budget", "64GiB")
     rest = roomy["total_bytes"] - roomy["weights_bytes"]
     low, high = quality[0]["weights_bytes"] + rest, roomy["total_bytes"]
-    kib = [-(-(low + (high - low) * i // (N_BUDGETS - 1)) // 1024) for i in range(N_BUDGETS)]
+    mib = [-(-(low + (high - low) * i // (N_BUDGETS - 1)) // 2**20) for i in range(N_BUDGETS)]
     print(f"\n$ edgekit plan {ARTIFACT} --budget ...   (context {roomy['context']})\n")
-    print(f"{'budget':>10}  {'weights':>10}  {'bits per weight':>15}  {'expected KL':>11}")
-    for size in kib:
-        plan = ask("plan", ARTIFACT, "--budget", f"{size}KiB")
+    print(f"{'budget':>8}  {'weights':>8}  {'bits per weight':>15}  {'expected KL':>11}")
+    for size in mib:
+        plan = ask("plan", ARTIFACT, "--budget", f"{size}MiB")
         weights = f"{plan['weights_bytes'] / 2**20:.1f} MiB"
         bits, kl = plan["bits_per_weight"], plan["expected_kl"]
-        print(f"{size / 1024:>6.1f} MiB  {weights:>10}  {bits:>15.2f}  {kl:>11.2g}")
-    return [f"{size}KiB" for size in kib]
+        print(f"{size:>4} MiB  {weights:>8}  {bits:>15.2f}  {kl:>11.2g}")
+    return [f"{size}MiB" for size in mib]
 
 
 def show(*words: str) -> None:
