@@ -33,7 +33,7 @@ class Converted:
 
 
 def unmeasured(tiers: tuple[str, ...] = DEFAULT_TIERS, **options: Any) -> Options:
-    return Options(tiers=tiers, measure=False, jobs=1, **options)
+    return Options(tiers=tiers, measure=False, jobs=2, **options)
 
 
 def plain(checkpoint: Path, artifact: Path, tiers: tuple[str, ...] = DEFAULT_TIERS) -> Converted:

@@ -87,6 +87,13 @@ def test_the_hash_is_the_documented_one(text: bytes) -> None:
     assert json.loads(signed(body)) == body
 
 
+def test_names_beyond_ascii_are_hashed_and_written_alike(text: bytes) -> None:
+    body = json.loads(text)
+    body["source"]["name"] = "Zoë ✓"
+    manifest = loads(signed(body))
+    assert json.loads(dumps(manifest)) == json.loads(signed(body))
+
+
 def put(*path: Any, value: Any) -> Callable[[Json], None]:
     """A change: the value at ``path`` becomes ``value``."""
 
