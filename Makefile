@@ -5,9 +5,6 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# On a busy machine, threads that spin at barriers keep the others from reaching them.
-demo test: export OMP_WAIT_POLICY = passive
-
 .PHONY: install demo test check bench docs clean
 
 install: $(INSTALLED)
