@@ -12,34 +12,34 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLE, ARTIFACT = "samples/tiny-llama", "demo/tiny-llama"
+SAMPLE = "samples/tiny-llama"
 PROMPT = "def read(path):"
 N_BUDGETS = 6
 
 
-def main() -> None:
+def main(artifact: str = "demo/tiny-llama") -> None:
     """Convert, plan, run."""
     begin = time.monotonic()
-    show("convert", SAMPLE, "-o", ARTIFACT, "--force")
-    show("inspect", ARTIFACT)
-    budgets = plan_budgets()
+    show("convert", SAMPLE, "-o", artifact, "--force")
+    show("inspect", artifact)
+    budgets = plan_budgets(artifact)
     for budget in (budgets[0], budgets[-1]):
-        show("run", ARTIFACT, "--budget", budget, "-p", PROMPT, "-n", "64", "--temperature", "0.7")
-    print(f"\nThe artifact is in {ARTIFACT}; the command line is .venv/bin/edgekit. ", end="")
+        show("run", artifact, "--budget", budget, "-p", PROMPT, "-n", "64", "--temperature", "0.7")
+    print(f"\nThe artifact is in {artifact}; the command line is .venv/bin/edgekit. ", end="")
     print(f"The demo took {time.monotonic() - begin:.0f} s.")
 
 
-def plan_budgets() -> list[str]:
+def plan_budgets(artifact: str) -> list[str]:
     """Print what budgets from the lowest to the highest depth load; return those budgets."""
-    quality = ask("inspect", ARTIFACT)["quality"]
-    roomy = ask("plan", ARTIFACT, "--budget", "64GiB")
+    quality = ask("inspect", artifact)["quality"]
+    roomy = ask("plan", artifact, "--budget", "64GiB")
     rest = roomy["total_bytes"] - roomy["weights_bytes"]
     low, high = quality[0]["weights_bytes"] + rest, roomy["total_bytes"]
     mib = [-(-(low + (high - low) * i // (N_BUDGETS - 1)) // 2**20) for i in range(N_BUDGETS)]
-    print(f"\n$ edgekit plan {ARTIFACT} --budget ...   (context {roomy['context']})\n")
+    print(f"\n$ edgekit plan {artifact} --budget ...   (context {roomy['context']})\n")
     print(f"{'budget':>8}  {'weights':>8}  {'bits per weight':>15}  {'expected KL':>11}")
     for size in mib:
-        plan = ask("plan", ARTIFACT, "--budget", f"{size}MiB")
+        plan = ask("plan", artifact, "--budget", f"{size}MiB")
         weights = f"{plan['weights_bytes'] / 2**20:.1f} MiB"
         bits, kl = plan["bits_per_weight"], plan["expected_kl"]
         print(f"{size:>4} MiB  {weights:>8}  {bits:>15.2f}  {kl:>11.2g}")
@@ -65,4 +65,7 @@ def command(words: tuple[str, ...]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(*sys.argv[1:2])
+    except subprocess.CalledProcessError as error:  # the command has said why
+        sys.exit(error.returncode)
