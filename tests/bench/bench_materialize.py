@@ -9,14 +9,21 @@ one JSON line last.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+from checkpoints import SHAPES, make_checkpoint
 
 from edgekit.artifact import open_artifact
+from edgekit.convert import convert
+from edgekit.convert_options import Options
 from edgekit.materialize import materialize
 from edgekit.plan import plan_tier
+from edgekit.progress import Silent
 
 COPY_BYTES = 1 << 20
 
@@ -45,35 +52,53 @@ def make(folder: Path, tier: str, target: Path, threads: int) -> float:
 def main() -> None:
     """Alternate and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("artifact", type=Path)
+    parser.add_argument("artifact", type=Path, nargs="?", help="default: one is made")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b-2-layers")
     parser.add_argument("--tier", default="Q4_K")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     args = parser.parse_args()
-    rows = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        artifact = args.artifact or make_artifact(Path(folder), args.shape, args.threads)
+        report = compare(artifact, args.tier, args.pairs, args.threads, args.folder)
+    name = args.artifact.name if args.artifact else args.shape
+    print(json.dumps({"benchmark": "materialize", "artifact": name, **report}))
+
+
+def make_artifact(folder: Path, shape: str, threads: int) -> Path:
+    """Convert random weights of ``shape``."""
+    checkpoint = make_checkpoint(folder / "model", SHAPES[shape])
+    options = Options(statistics=False, measure=False, jobs=threads)
+    convert(checkpoint, folder / "edge", options, Silent())
+    shutil.rmtree(checkpoint)
+    return folder / "edge"
+
+
+def compare(
+    artifact: Path, tier: str, pairs: int, threads: int, parent: Path | None
+) -> dict[str, Any]:
+    """Alternate ``pairs`` times."""
+    rows = []
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
         made, copied = Path(folder) / "made.gguf", Path(folder) / "copied.gguf"
-        make(args.artifact, args.tier, made, args.threads)  # warms the page cache
-        for _ in range(args.pairs):
-            seconds = make(args.artifact, args.tier, made, args.threads), copy(made, copied)
+        make(artifact, tier, made, threads)  # warms the page cache
+        for _ in range(pairs):
+            seconds = make(artifact, tier, made, threads), copy(made, copied)
             rows.append(seconds)
             copied.unlink()
             print(f"materialize {seconds[0]:.2f} s, copy {seconds[1]:.2f} s")
         size = made.stat().st_size
     ratios = [ours / theirs for ours, theirs in rows]
-    report = {
-        "benchmark": "materialize",
-        "artifact": args.artifact.name,
-        "tier": args.tier,
-        "threads": args.threads,
+    return {
+        "tier": tier,
+        "threads": threads,
         "bytes": size,
         "materialize_seconds": [round(ours, 3) for ours, _ in rows],
         "copy_seconds": [round(theirs, 3) for _, theirs in rows],
         "ratio": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in ratios],
     }
-    print(json.dumps(report))
 
 
 if __name__ == "__main__":
