@@ -141,14 +141,14 @@ def _count(key: str, value: object, most: int) -> int:
 def memory_of(shape: Shape, context: int, kv_type: str, batch: int = DEFAULT_BATCH) -> Memory:
     """KV cache by its formula, compute buffers by an upper bound, the process by measurement.
 
-    The compute bound counts one batch of logits and of the widest layer's activations in float32;
-    llama.cpp reuses buffers and stays below it.
+    The compute bound counts the logits of the one position that the loader asks for and a batch of
+    the widest layer's activations, in float32; llama.cpp reuses buffers and stays below it.
     """
     kind = _kv_kind(shape, kv_type)
     cells = -(-context // 256) * 256  # llama.cpp pads the cache to that
     kv = sum(cells * (row_bytes(kind, k) + row_bytes(kind, v)) for k, v in shape.kv_elements)
     tokens = min(batch, context)
-    compute = 4 * tokens * (shape.vocab + shape.width) + 8 * cells * tokens
+    compute = 4 * (shape.vocab + tokens * shape.width) + 8 * cells * tokens
     return Memory(kv, compute, PROCESS_BYTES)
 
 
