@@ -141,7 +141,7 @@ def test_killed_again_and_again_also_while_measuring_it_ends_byte_identical(meas
 
 def test_killed_before_each_of_its_last_changes_on_disk_it_ends_byte_identical(unmeasured, home):
     last = unmeasured.changes
-    for change in range(last - 14, last + 1):  # writing, the renames, the cleaning up
+    for change in range(last - 9, last + 1):  # writing, the renames, the cleaning up
         folder = home / f"change-{change}"
         assert unmeasured.killed(folder, kill_at_change=change)
         assert unmeasured.ends_the_same(folder)
