@@ -16,6 +16,7 @@ from edgekit.errors import UsageError
 @click.option("--budget", type=options.Size(), help="Evaluate the plan for this budget.")
 @click.option("--reference", type=options.ANY_PATH, help="GGUF or checkpoint to compare with.")
 @click.option("--text", type=options.FILE, required=True, help="Text that was not calibrated on.")
+@click.option("--runtime", type=click.Choice(["llama"]), default="llama", show_default=True)
 @click.option(
     "--context",
     type=click.IntRange(min=2),
