@@ -24,9 +24,11 @@ tags: [{architecture}, python, sample]
 ---
 # {name}
 
-{description} It was trained from nothing for edgekit's tests and examples: small enough to ship,
-trained enough that quantization costs something measurable. It continues Python code and simple
-English; it knows nothing and follows no instructions.
+{description}
+
+It was trained from nothing for edgekit's tests and examples: small enough to ship, trained enough
+that quantization costs something measurable. It continues Python code and simple English; it knows
+nothing and follows no instructions.
 
 | | |
 |---|---|
@@ -48,9 +50,10 @@ Bits per byte of `samples/text/heldout.txt` ({heldout_bytes:,} bytes), lower is 
 | **{name}** (BF16) | **{bits:.3f}** |
 
 ## Training
-{steps:,} steps of {batch_tokens:,} tokens, {tokens:,} in all ({epochs:.1f} times the corpus), in
-{seconds:,.0f} seconds on {machine}. Muon for the matrices of the layers, AdamW for the rest, peak
-learning rate {lr}, seed {seed}, sequences of 512 and 1024 tokens.{balance}
+- {steps:,} steps of {batch_tokens:,} tokens, {tokens:,} in all: {epochs:.1f} times the corpus
+- {seconds:,.0f} seconds on {machine}, beside other work
+- Muon for the matrices of the layers, AdamW for the rest; peak learning rate {lr}, seed {seed}
+- sequences of 512 and 1024 tokens; no dropout{balance}
 
     python -m samples.train {name} --state runs --output samples/{name} \\
         --steps {steps} --batch-tokens {batch_tokens} --lr {lr} --seed {seed}{extra_options}
@@ -63,9 +66,13 @@ follows the step count, so its weights differ a little.
 
 {sources}
 
-Held out, with everything below them: {held_out}. Neither the model nor its tokenizer has seen
-these modules. Skipped, as tests, tables or copies: the folders {skipped_folders}; the files
-{skipped_files} and `_sysconfigdata_*.py`. `samples/corpus.py` is the exact rule.
+Held out, with everything below them: {held_out}.
+Neither the model nor its tokenizer has seen these modules.
+
+Skipped, as tests, tables or copies: the folders {skipped_folders};
+the files {skipped_files} and `_sysconfigdata_*.py`.
+
+`samples/corpus.py` is the exact rule.
 
 ## Licences
 The weights and the tokenizer: Apache-2.0. The Python standard library, which they were trained on,
@@ -137,7 +144,7 @@ def _model_facts(sample: Sample, model: PreTrainedModel) -> dict[str, object]:
 
 def _training_facts(sample: Sample, training: Training) -> dict[str, object]:
     tokens = training.steps * training.batch_tokens
-    note = f" The router's load-balancing loss weighs {sample.balance}." if sample.balance else ""
+    note = f"\n- the router's load-balancing loss weighs {sample.balance}" if sample.balance else ""
     return {
         **vars(training),
         "tokens": tokens,

@@ -35,6 +35,7 @@ def export(
             {"tokenizer_class": "PreTrainedTokenizerFast"},
         )
         for path in sorted(Path(temporary).iterdir()):
+            path.chmod(0o644)  # safetensors creates files that only their owner may read
             os.replace(path, folder / path.name)
 
 
