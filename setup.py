@@ -31,9 +31,10 @@ setup(
         Extension(
             "edgekit.kernels._nested",
             sources=[
-                f"kernels/{name}.c" for name in ("blocks", "nested", "nested_float", "packing")
+                f"kernels/{name}.c"
+                for name in ("blocks", "level", "nested", "nested_float", "packing", "wide")
             ],
-            depends=[f"kernels/{name}.h" for name in ("native", "blocks", "units")],
+            depends=[f"kernels/{name}.h" for name in ("native", "blocks", "units", "wide")],
             optional=True,
         )
     ],

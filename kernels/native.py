@@ -7,7 +7,7 @@ references run, which give the same bytes some fifty times slower; so does EDGEK
 import ctypes
 import logging
 import os
-from collections.abc import Sequence
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -15,11 +15,27 @@ import numpy as np
 
 from edgekit.errors import RefusedError
 from edgekit.kernels.ggml import TYPES, ByteArray
-from edgekit.kernels.nested_ref import CODE_STREAMS, FLOAT_STREAMS, FLOATS, I16Array, Parts
-from edgekit.kernels.packing_ref import FARTHEST, PATCHED_SHARE, Packed, digit_bytes
+from edgekit.kernels.nested_ref import FLOAT_STREAMS, FLOATS, n_streams
+from edgekit.kernels.packing_ref import Level, Packed, digit_bytes
 
-ABI = 1  # as in nested.c: a library left over from other sources is not used
+ABI = 2  # as in level.c: a library left over from other sources is not used
+BAD_PATCH = 200  # as in level.c
 _Pointer, _Size, _Int = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+
+
+class _Level(ctypes.Structure):
+    """`level_t` of units.h."""
+
+    _fields_ = (
+        ("digits", _Pointer * FLOAT_STREAMS),
+        ("count", _Size * FLOAT_STREAMS),
+        ("n_patches", _Size * FLOAT_STREAMS),
+        ("gaps", _Pointer),
+        ("values", _Pointer),
+        ("rest", _Pointer),
+        ("limits", ctypes.c_uint32 * 3),
+        ("width", ctypes.c_uint8 * FLOAT_STREAMS),
+    )
 
 
 def native() -> "Native | None":
@@ -45,58 +61,63 @@ def _load() -> "Native | None":
 
 
 class Native:
-    """The functions of nested.c and packing.c, with numpy arrays in and out."""
+    """The functions of level.c, with numpy arrays in and out."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         """Declare the functions of a loaded library."""
         self._library = library
-        for name in ("split_codes", "split_float", "join_codes", "join_float"):
-            getattr(library, f"nested_{name}").argtypes = [_Int, _Int, _Size, *[_Pointer] * 6]
-        library.packing_outside.argtypes = [_Pointer, _Size, _Pointer]
-        library.packing_outside.restype = None
-        library.packing_pack.argtypes = [
-            _Pointer, _Size, _Int, _Pointer, _Pointer, _Pointer, _Size, _Int,
-        ]  # fmt: skip
-        library.packing_pack.restype = _Size
-        library.packing_unpack.argtypes = [
-            _Pointer, _Size, _Int, _Pointer, _Pointer, _Size, _Pointer,
-        ]  # fmt: skip
+        self._thread = threading.local()
+        for name in ("encode", "decode"):
+            getattr(library, f"nested_{name}").argtypes = [_Int, _Int, _Size, *[_Pointer] * 4]
+            room = getattr(library, f"nested_{name}_room")
+            room.argtypes, room.restype = [_Int, _Size], _Size
 
-    def split(
+    def encode(
         self, parent_type: str, child_type: str, parent: ByteArray, child: ByteArray, n_rest: int
-    ) -> Parts:
-        """Do `nested_ref.split`."""
-        n = child.nbytes // TYPES[child_type].block_bytes * TYPES[child_type].block
-        n_streams = FLOAT_STREAMS if child_type in FLOATS else CODE_STREAMS
-        room = np.empty((n_streams, n + 16), np.int16)  # touched only where residuals go
-        counts, limits = np.zeros(n_streams, np.uintp), np.zeros(3, np.uint32)
+    ) -> Level:
+        """Do `nested_ref.split` and pack the streams."""
+        kind = TYPES[child_type]
+        n = child.nbytes // kind.block_bytes * kind.block
+        digits = np.empty((2 * n if child_type in FLOATS else n) + 64, np.uint8)
+        gaps, values = np.empty(n // 256 + 64, np.uint16), np.empty(n // 256 + 64, np.int16)
         rest = np.empty(n_rest, np.uint8)
-        starts = _pointers(list(room))
-        lib = self._library
-        split = lib.nested_split_float if child_type in FLOATS else lib.nested_split_codes
-        failed = split(
-            TYPES[parent_type].id, TYPES[child_type].id, n, parent.ctypes.data, child.ctypes.data,
-            limits.ctypes.data, starts, counts.ctypes.data, rest.ctypes.data,
+        level = _Level()
+        level.digits[0] = digits.ctypes.data
+        level.gaps, level.values = gaps.ctypes.data, values.ctypes.data
+        level.rest = rest.ctypes.data
+        failed = self._library.nested_encode(
+            TYPES[parent_type].id, kind.id, n, parent.ctypes.data, child.ctypes.data,
+            ctypes.byref(level), self._room(self._library.nested_encode_room(kind.id, n)),
         )  # fmt: skip
         assert not failed, f"{parent_type} to {child_type} is not compiled"
-        streams = [r[:c] for r, c in zip(room, counts.tolist(), strict=True)]
-        return Parts(limits, streams, rest)
+        streams, at, patch = [], 0, 0
+        for width, count, n_patches in zip(
+            level.width[: n_streams(child_type)], level.count, level.n_patches, strict=False
+        ):
+            end, patch_end = at + digit_bytes(width, count), patch + n_patches
+            streams.append(
+                Packed(width, count, digits[at:end], gaps[patch:patch_end], values[patch:patch_end])
+            )
+            at, patch = end, patch_end
+        return Level(np.array(level.limits, np.uint32), streams, rest)
 
-    def join(
-        self, parent_type: str, child_type: str, parent: ByteArray, parts: Parts, n: int
+    def decode(
+        self, parent_type: str, child_type: str, parent: ByteArray, packed: Level, n: int
     ) -> ByteArray:
-        """Do `nested_ref.join`."""
+        """Unpack the streams and do `nested_ref.join`."""
         kind = TYPES[child_type]
         child = np.empty(n // kind.block * kind.block_bytes, np.uint8)
-        counts = np.array([len(s) for s in parts.streams], np.uintp)
-        rest = np.ascontiguousarray(parts.rest)
-        streams = [np.ascontiguousarray(s, np.int16) for s in parts.streams]
-        lib = self._library
-        join = lib.nested_join_float if child_type in FLOATS else lib.nested_join_codes
-        failed = join(
+        keep, level = self._level(packed)
+        failed = self._library.nested_decode(
             TYPES[parent_type].id, kind.id, n, parent.ctypes.data, child.ctypes.data,
-            parts.limits.ctypes.data, _pointers(streams), counts.ctypes.data, rest.ctypes.data,
+            ctypes.byref(level), self._room(self._library.nested_decode_room(kind.id, n)),
         )  # fmt: skip
+        del keep
+        if failed >= BAD_PATCH:
+            raise RefusedError(
+                f"a level patches a residual beyond the end of its stream {failed - BAD_PATCH}; "
+                "it is corrupt"
+            )
         if failed:
             raise RefusedError(
                 f"stream {failed - 1} of a level does not have the residuals that its parent "
@@ -104,37 +125,28 @@ class Native:
             )
         return child
 
-    def pack(self, residuals: I16Array) -> Packed:
-        """Do `packing_ref.pack` at the width of `packing_ref.choose_width`."""
-        n = len(residuals)
-        outside = np.zeros(3, np.uintp)
-        self._library.packing_outside(residuals.ctypes.data, n, outside.ctypes.data)
-        n_outside = dict(zip((2, 4, 8), outside.tolist(), strict=True)) | {16: 0}
-        width = next(w for w, count in n_outside.items() if PATCHED_SHARE * count <= n)
-        digits = np.empty(digit_bytes(width, n), np.uint8)
-        room = n_outside[width] + n // FARTHEST
-        gaps, values = np.empty(room, np.uint16), np.empty(room, np.int16)
-        n_patches = self._library.packing_pack(
-            residuals.ctypes.data, n, width, digits.ctypes.data,
-            gaps.ctypes.data, values.ctypes.data, room, n_outside[width] > 0,
+    def _level(self, packed: Level) -> tuple[object, _Level]:
+        """The struct, and the arrays that it points to."""
+        streams = packed.streams
+        gaps = np.concatenate([s.gaps for s in streams], dtype=np.uint16)
+        values = np.concatenate([s.values for s in streams], dtype=np.int16)
+        rest = np.ascontiguousarray(packed.rest)
+        level = _Level(
+            tuple(s.digits.ctypes.data for s in streams),
+            tuple(s.count for s in streams),
+            tuple(len(s.gaps) for s in streams),
+            gaps.ctypes.data, values.ctypes.data, rest.ctypes.data,
+            tuple(packed.limits.tolist()),
+            tuple(s.width for s in streams),
         )  # fmt: skip
-        return Packed(width, n, digits, gaps[:n_patches], values[:n_patches])
+        return (gaps, values, rest, streams), level
 
-    def unpack(self, packed: Packed) -> I16Array:
-        """Do `packing_ref.unpack`."""
-        residuals = np.empty(packed.count, np.int16)
-        gaps = np.ascontiguousarray(packed.gaps)
-        values = np.ascontiguousarray(packed.values)
-        failed = self._library.packing_unpack(
-            packed.digits.ctypes.data, packed.count, packed.width,
-            gaps.ctypes.data, values.ctypes.data, len(gaps), residuals.ctypes.data,
-        )  # fmt: skip
-        if failed:
-            raise RefusedError(
-                f"a level patches a residual beyond a stream of {packed.count}; it is corrupt"
-            )
-        return residuals
+    def _room(self, n_bytes: int) -> int:
+        """Address of scratch memory that this thread keeps: fresh pages cost as much as the work.
 
-
-def _pointers(arrays: Sequence[I16Array]) -> ctypes.Array[ctypes.c_void_p]:
-    return (_Pointer * len(arrays))(*(a.ctypes.data for a in arrays))
+        It is only as large as the largest chunk needs.
+        """
+        room = getattr(self._thread, "room", None)
+        if room is None or room.nbytes < n_bytes:
+            room = self._thread.room = np.empty(n_bytes, np.uint8)
+        return int(room.ctypes.data)

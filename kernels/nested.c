@@ -4,17 +4,12 @@
  * outside the arrays they are given, whatever those hold. */
 #include "units.h"
 
-#include <stdlib.h>
+#include "wide.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
-#define HAS_EXPAND
-#include <immintrin.h>
-#endif
+#include <stdlib.h>
 
 enum { SAMPLE = 256 };
 static const float ROUND = 12582912.0f; /* 1.5 * 2**23: adding it rounds half to even */
-
-EXPORT int nested_abi(void) { return 1; }
 
 INLINE int is_finite(float f) { return (bits_of(f) & EXPONENT) != EXPONENT; }
 
@@ -34,24 +29,26 @@ INLINE void unit_steps(int parent_type, int child_type, int n, const uint8_t *pa
     }
 }
 
-/* Predictions of a unit; with them whether the residual is negated (-1 or 0) and whether the
- * prediction rounded away a quarter or more. */
+/* Predictions of a unit modulo 256; with them whether the residual is negated (-1 or 0) and
+ * whether the prediction rounded away a quarter or more. */
 INLINE void unit_predict(const float value[UNIT], const float step[GROUPS],
-                         const float start[GROUPS], layout_t layout, int16_t predicted[UNIT],
-                         int16_t negate[UNIT], uint8_t far[UNIT]) {
+                         const float start[GROUPS], layout_t layout, int8_t predicted[UNIT],
+                         int8_t negate[UNIT], uint8_t far[UNIT]) {
     const float low = (float)layout.low, high = (float)(layout.low + (1 << layout.bits) - 1);
     float exact[UNIT], fraction[UNIT];
+    uint32_t shifted[UNIT];
     for (int g = 0; g < GROUPS; g++)
         for (int i = g * GROUP; i < (g + 1) * GROUP; i++)
             exact[i] = value[i] * step[g] + start[g];
     for (int i = 0; i < UNIT; i++) {
         float within = exact[i] < low ? low : exact[i];
         within = within > high ? high : within;
-        const float shifted = within + ROUND;
-        predicted[i] = (int16_t)(bits_of(shifted) - 0x4b400000u);
-        fraction[i] = within - (shifted - ROUND);
+        const float sum = within + ROUND; /* the prediction is in its lowest bits */
+        shifted[i] = bits_of(sum);
+        fraction[i] = within - (sum - ROUND);
     }
-    for (int i = 0; i < UNIT; i++) negate[i] = (int16_t)-(fraction[i] < 0.0f);
+    for (int i = 0; i < UNIT; i++) predicted[i] = (int8_t)shifted[i];
+    for (int i = 0; i < UNIT; i++) negate[i] = (int8_t)-(fraction[i] < 0.0f);
     for (int i = 0; i < UNIT; i++) far[i] = (bits_of(fraction[i]) & MAGNITUDE) >= 0x3e800000u;
 }
 
@@ -98,128 +95,112 @@ INLINE void unit_rest(layout_t layout, int n, uint8_t *child, uint8_t *rest, siz
     }
 }
 
-/* streams: CODE_STREAMS arrays with room for n + GROUP residuals each; counts: how many were
- * written. rest: the child's scale bytes, in planes. */
-FAST EXPORT int nested_split_codes(int parent_type, int child_type, size_t n,
-                                   const uint8_t *parent, uint8_t *child, uint32_t limits[3],
-                                   int16_t *const streams[], size_t counts[], uint8_t *rest) {
-    const layout_t layout = layout_of(child_type);
-    if (!layout.block || n % (size_t)layout.block || !is_parent(parent_type, n)) return BAD_TYPE;
-    const size_t parent_unit = unit_bytes(parent_type), child_unit = unit_bytes(child_type);
-    const int half = 1 << (layout.bits - 1);
-    int16_t *to[CODE_STREAMS];
-    for (int k = 0; k < CODE_STREAMS; k++) to[k] = streams[k];
-    if (n) quartiles(parent_type, child_type, n, parent, parent_unit, child, child_unit, limits);
-    for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += child_unit) {
-        const int m = n - done < UNIT ? (int)(n - done) : UNIT;
-        float value[UNIT], step[GROUPS], start[GROUPS];
-        int16_t predicted[UNIT], negate[UNIT], residual[UNIT];
-        uint8_t code[UNIT], far[UNIT];
-        unit_rest(layout, m, child, rest, done / (size_t)layout.block, n / (size_t)layout.block, 0);
-        unit_steps(parent_type, child_type, m, parent, child, step, start);
-        read_values(parent_type, m, parent, value);
-        unit_predict(value, step, start, layout, predicted, negate, far);
-        blocks_read_codes(child_type, m, child, code);
-        for (int i = 0; i < UNIT; i++) {
-            const int difference = (code[i] ^ layout.flip) + layout.low - predicted[i];
-            const int wrapped = ((difference + half) & (2 * half - 1)) - half;
-            residual[i] = (int16_t)((wrapped ^ negate[i]) - negate[i]);
+/* Deal the residuals of n groups out to their pairs of streams, each weight's by far[]. */
+INLINE void deal_plain(streams8_t *to, int n, const uint8_t pair[GROUPS], const uint8_t far[UNIT],
+                       const int8_t residual[UNIT]) {
+    for (int g = 0; g < n; g++, far += GROUP, residual += GROUP) {
+        int8_t *near_to = to->at[pair[g]], *far_to = to->at[pair[g] + 1];
+        for (int i = 0; i < GROUP; i++) { /* both are written, one advances: no branches */
+            const ptrdiff_t is_far = far[i];
+            *near_to = *far_to = residual[i];
+            far_to += is_far;
+            near_to += 1 - is_far;
         }
-        for (int g = 0; g < m / GROUP; g++) {
-            const int pair = 2 * step_class(step[g], limits);
-            int16_t *near_to = to[pair], *far_to = to[pair + 1];
-            const uint8_t *is_far = far + g * GROUP;
-            const int16_t *from_here = residual + g * GROUP;
-            for (int i = 0; i < GROUP; i++) { /* both are written, one advances: no branches */
-                const ptrdiff_t step_far = is_far[i];
-                *near_to = *far_to = from_here[i];
-                far_to += step_far;
-                near_to += 1 - step_far;
-            }
-            to[pair] = near_to;
-            to[pair + 1] = far_to;
-        }
+        to->at[pair[g]] = near_to;
+        to->at[pair[g] + 1] = far_to;
     }
-    for (int k = 0; k < CODE_STREAMS; k++) counts[k] = (size_t)(to[k] - streams[k]);
-    return 0;
 }
 
-/* Take the residuals of n groups from their pairs of streams, each weight's by far[]. */
-INLINE void collect_plain(reader_t *reader, int n, const uint8_t pair[GROUPS],
-                          const uint8_t far[UNIT], int16_t residual[UNIT]) {
+/* The reverse. */
+INLINE void collect_plain(streams8_t *from, int n, const uint8_t pair[GROUPS],
+                          const uint8_t far[UNIT], int8_t residual[UNIT]) {
     for (int g = 0; g < n; g++, far += GROUP, residual += GROUP) {
-        const int16_t *near_at = reader->at[pair[g]], *far_at = reader->at[pair[g] + 1];
+        const int8_t *near_at = from->at[pair[g]], *far_at = from->at[pair[g] + 1];
         for (int i = 0; i < GROUP; i++) { /* both are read, one advances: no branches */
             const ptrdiff_t is_far = far[i];
-            const int16_t a = *near_at, b = *far_at;
+            const int8_t a = *near_at, b = *far_at;
             residual[i] = is_far ? b : a;
             far_at += is_far;
             near_at += 1 - is_far;
         }
-        reader->at[pair[g]] = near_at;
-        reader->at[pair[g] + 1] = far_at;
+        from->at[pair[g]] = (int8_t *)near_at;
+        from->at[pair[g] + 1] = (int8_t *)far_at;
     }
 }
 
-#ifdef HAS_EXPAND
-/* The same with AVX-512's expanding loads. */
-__attribute__((target("avx512vbmi2,avx512vl,avx512bw,popcnt"))) static void
-collect_expand(reader_t *reader, int n, const uint8_t pair[GROUPS], const uint8_t far[UNIT],
-               int16_t residual[UNIT]) {
-    for (int g = 0; g < n; g++, far += GROUP, residual += GROUP) {
-        const __m128i flags = _mm_loadu_si128((const __m128i *)far);
-        const __mmask16 is_far = _mm_test_epi8_mask(flags, flags);
-        const __m256i a = _mm256_loadu_si256((const __m256i *)reader->at[pair[g]]);
-        const __m256i b = _mm256_loadu_si256((const __m256i *)reader->at[pair[g] + 1]);
-        const __m256i near = _mm256_maskz_expand_epi16((__mmask16)~is_far, a);
-        _mm256_storeu_si256((__m256i *)residual, _mm256_mask_expand_epi16(near, is_far, b));
-        const int n_far = __builtin_popcount(is_far);
-        reader->at[pair[g]] += GROUP - n_far;
-        reader->at[pair[g] + 1] += n_far;
-    }
-}
-#endif
-
-static void collect(reader_t *reader, int n, const uint8_t pair[GROUPS], const uint8_t far[UNIT],
-                    int16_t residual[UNIT]) {
-#ifdef HAS_EXPAND
-    if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vl")) {
-        collect_expand(reader, n, pair, far, residual);
+/* Split a unit's codes into residuals, or make codes of residuals. code: values modulo 256. */
+INLINE void unit_plain(const float value[UNIT], const float step[GROUPS],
+                       const float start[GROUPS], layout_t layout, const uint32_t limits[3],
+                       int n_groups, streams8_t *streams, uint8_t code[UNIT], int is_join) {
+    const uint8_t half = (uint8_t)(1 << (layout.bits - 1)), mask = (uint8_t)(2 * half - 1);
+    int8_t predicted[UNIT], negate[UNIT], residual[UNIT];
+    uint8_t far[UNIT], pair[GROUPS];
+    unit_predict(value, step, start, layout, predicted, negate, far);
+    for (int g = 0; g < GROUPS; g++) pair[g] = (uint8_t)(2 * step_class(step[g], limits));
+    if (is_join) {
+        collect_plain(streams, n_groups, pair, far, residual);
+        for (int i = 0; i < UNIT; i++) {
+            const uint8_t flipped = (uint8_t)((residual[i] ^ negate[i]) - negate[i]);
+            const uint8_t raw = (uint8_t)((uint8_t)(predicted[i] + flipped) - layout.low) & mask;
+            code[i] = raw ^ (uint8_t)layout.flip;
+        }
         return;
     }
-#endif
-    collect_plain(reader, n, pair, far, residual);
+    for (int i = 0; i < UNIT; i++) {
+        const uint8_t plain = (uint8_t)((code[i] ^ (uint8_t)layout.flip) + layout.low);
+        const uint8_t wrapped = (uint8_t)((uint8_t)(plain - predicted[i] + half) & mask) - half;
+        residual[i] = (int8_t)((wrapped ^ (uint8_t)negate[i]) - (uint8_t)negate[i]);
+    }
+    deal_plain(streams, n_groups, pair, far, residual);
 }
 
-FAST EXPORT int nested_join_codes(int parent_type, int child_type, size_t n,
-                                  const uint8_t *parent, uint8_t *child, const uint32_t limits[3],
-                                  const int16_t *const streams[], const size_t counts[],
-                                  uint8_t *rest) {
+FAST int split_codes(int parent_type, int child_type, size_t n, const uint8_t *parent,
+                     uint8_t *child, level_t *level, streams8_t *streams) {
     const layout_t layout = layout_of(child_type);
     if (!layout.block || n % (size_t)layout.block || !is_parent(parent_type, n)) return BAD_TYPE;
     const size_t parent_unit = unit_bytes(parent_type), child_unit = unit_bytes(child_type);
-    reader_t reader;
-    reader_start(&reader, CODE_STREAMS, streams, counts);
+    const int is_wide = wide_supported();
+    if (n)
+        quartiles(parent_type, child_type, n, parent, parent_unit, child, child_unit,
+                  level->limits);
     for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += child_unit) {
         const int m = n - done < UNIT ? (int)(n - done) : UNIT;
         float value[UNIT], step[GROUPS], start[GROUPS];
-        int16_t predicted[UNIT], negate[UNIT], residual[UNIT];
-        uint8_t code[UNIT], far[UNIT];
-        const int bad = reader_check(&reader, CODE_STREAMS);
-        if (bad) return bad;
-        unit_rest(layout, m, child, rest, done / (size_t)layout.block, n / (size_t)layout.block, 1);
+        uint8_t code[UNIT];
+        unit_rest(layout, m, child, level->rest, done / (size_t)layout.block,
+                  n / (size_t)layout.block, 0);
         unit_steps(parent_type, child_type, m, parent, child, step, start);
         read_values(parent_type, m, parent, value);
-        unit_predict(value, step, start, layout, predicted, negate, far);
-        uint8_t pair[GROUPS];
-        for (int g = 0; g < GROUPS; g++) pair[g] = (uint8_t)(2 * step_class(step[g], limits));
-        collect(&reader, m / GROUP, pair, far, residual);
-        for (int i = 0; i < UNIT; i++) {
-            const int value_code = predicted[i] + ((residual[i] ^ negate[i]) - negate[i]);
-            const int raw = (value_code - layout.low) & ((1 << layout.bits) - 1);
-            code[i] = (uint8_t)(raw ^ layout.flip);
-        }
+        blocks_read_codes(child_type, m, child, code);
+        if (is_wide)
+            wide_split(value, step, start, layout, level->limits, m / GROUP, streams, code);
+        else
+            unit_plain(value, step, start, layout, level->limits, m / GROUP, streams, code, 0);
+    }
+    return 0;
+}
+
+FAST int join_codes(int parent_type, int child_type, size_t n, const uint8_t *parent,
+                    uint8_t *child, const level_t *level, streams8_t *streams) {
+    const layout_t layout = layout_of(child_type);
+    if (!layout.block || n % (size_t)layout.block || !is_parent(parent_type, n)) return BAD_TYPE;
+    const size_t parent_unit = unit_bytes(parent_type), child_unit = unit_bytes(child_type);
+    const int is_wide = wide_supported();
+    for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += child_unit) {
+        const int m = n - done < UNIT ? (int)(n - done) : UNIT;
+        float value[UNIT], step[GROUPS], start[GROUPS];
+        uint8_t code[UNIT];
+        const int bad = streams8_t_check(streams, CODE_STREAMS);
+        if (bad) return bad;
+        unit_rest(layout, m, child, level->rest, done / (size_t)layout.block,
+                  n / (size_t)layout.block, 1);
+        unit_steps(parent_type, child_type, m, parent, child, step, start);
+        read_values(parent_type, m, parent, value);
+        if (is_wide)
+            wide_join(value, step, start, layout, level->limits, m / GROUP, streams, code);
+        else
+            unit_plain(value, step, start, layout, level->limits, m / GROUP, streams, code, 1);
         blocks_write_codes(child_type, m, child, code);
     }
-    return reader_end(&reader, CODE_STREAMS);
+    return streams8_t_finish(streams, CODE_STREAMS);
 }

@@ -7,17 +7,17 @@ from edgekit.kernels import ggml, nested_ref, packing_ref
 from edgekit.kernels.blocks import LAYOUTS
 from edgekit.kernels.ggml import ByteArray
 from edgekit.kernels.native import native
-from edgekit.kernels.nested_ref import CODE_STREAMS, FLOAT_STREAMS, FLOATS, I16Array, Parts
-from edgekit.kernels.packing_ref import Packed
+from edgekit.kernels.nested_ref import FLOATS, Parts, n_streams
+from edgekit.kernels.packing_ref import Level, Packed
 
 CHILDREN = (*LAYOUTS, *FLOATS)
-__all__ = ["CHILDREN", "Packed", "Parts", "join", "n_bytes", "n_streams", "pack", "rest_bytes",
-           "split", "unpack"]  # fmt: skip
+__all__ = ["CHILDREN", "Level", "Packed", "decode", "encode", "n_bytes", "n_streams", "rest_bytes",
+           "widths"]  # fmt: skip
 
 
-def n_streams(child_type: str) -> int:
-    """Count the streams of a level that ends at ``child_type``."""
-    return FLOAT_STREAMS if child_type in FLOATS else CODE_STREAMS
+def widths(child_type: str) -> tuple[int, ...]:
+    """Give the widths in bits that a stream of a level to ``child_type`` can have."""
+    return (2, 4, 8, 16) if child_type in FLOATS else (2, 4, 8)
 
 
 def n_bytes(type_name: str, n_weights: int) -> int:
@@ -43,8 +43,8 @@ def rest_bytes(child_type: str, n_weights: int) -> int:
     return 2 * n_weights if child_type == "F32" else 0
 
 
-def split(parent_type: str, child_type: str, parent: ByteArray, child: ByteArray) -> Parts:
-    """Take a child apart into what its parent does not say about it.
+def encode(parent_type: str, child_type: str, parent: ByteArray, child: ByteArray) -> Level:
+    """Take a child apart into what its parent does not say about it, packed.
 
     Args:
         parent_type: Any key of `ggml.TYPES`.
@@ -63,54 +63,49 @@ def split(parent_type: str, child_type: str, parent: ByteArray, child: ByteArray
     child = _flat(child)
     compiled = native()
     if compiled is None:
-        return nested_ref.split(parent_type, child_type, parent, child)
-    return compiled.split(
+        parts = nested_ref.split(parent_type, child_type, parent, child)
+        packed = [packing_ref.pack(r, packing_ref.choose_width(r)) for r in parts.streams]
+        return Level(parts.limits, packed, parts.rest)
+    return compiled.encode(
         parent_type, child_type, parent, child, rest_bytes(child_type, n * kind.block)
     )
 
 
-def join(
-    parent_type: str, child_type: str, parent: ByteArray, parts: Parts, n_weights: int
+def decode(
+    parent_type: str, child_type: str, parent: ByteArray, level: Level, n_weights: int
 ) -> ByteArray:
-    """Put a child of ``n_weights`` weights together from its parent and `split`'s parts.
+    """Put a child of ``n_weights`` weights together from its parent and a level.
 
     Raises:
-        RefusedError: The parts do not fit the parent.
+        RefusedError: The level's sizes do not agree, or do not fit the parent.
     """
     n_bytes(_child_kind(child_type).name, n_weights)
     parent_type, parent = _parent(parent_type, parent, n_weights)
-    if len(parts.rest) != rest_bytes(child_type, n_weights):
+    if len(level.rest) != rest_bytes(child_type, n_weights):
         raise RefusedError(
-            f"a level to {child_type} has {len(parts.rest)} bytes of scales, "
+            f"a level to {child_type} has {len(level.rest)} bytes of scales, "
             f"{n_weights} weights need {rest_bytes(child_type, n_weights)}"
         )
+    _check_streams(child_type, level, n_weights)
     compiled = native()
     if compiled is None:
+        streams = [packing_ref.unpack(s) for s in level.streams]
+        parts = Parts(level.limits, streams, level.rest)
         return nested_ref.join(parent_type, child_type, parent, parts, n_weights)
-    return compiled.join(parent_type, child_type, parent, parts, n_weights)
+    return compiled.decode(parent_type, child_type, parent, level, n_weights)
 
 
-def pack(residuals: I16Array) -> Packed:
-    """Pack a stream at the width that suits it."""
-    compiled = native()
-    if compiled is None:
-        return packing_ref.pack(residuals, packing_ref.choose_width(residuals))
-    return compiled.pack(np.ascontiguousarray(residuals, np.int16))
-
-
-def unpack(packed: Packed) -> I16Array:
-    """Give the residuals of a packed stream back.
-
-    Raises:
-        RefusedError: The sizes do not agree, or a patch lies outside the stream.
-    """
-    if len(packed.digits) != packing_ref.digit_bytes(packed.width, packed.count):
-        raise RefusedError(
-            f"a stream of {packed.count} residuals of {packed.width} bits has "
-            f"{len(packed.digits)} bytes"
-        )
-    compiled = native()
-    return packing_ref.unpack(packed) if compiled is None else compiled.unpack(packed)
+def _check_streams(child_type: str, level: Level, n_weights: int) -> None:
+    """What the compiled code takes for granted."""
+    streams, allowed = level.streams, widths(child_type)
+    if len(streams) != n_streams(child_type) or sum(s.count for s in streams) != n_weights:
+        raise RefusedError(f"a level's streams do not hold its {n_weights} weights; it is corrupt")
+    for s in streams:
+        n_digits = packing_ref.digit_bytes(s.width, s.count)
+        if s.width not in allowed or len(s.digits) != n_digits or len(s.gaps) != len(s.values):
+            raise RefusedError(
+                f"a stream of {s.count} residuals of {s.width} bits has {len(s.digits)} bytes"
+            )
 
 
 def _child_kind(child_type: str) -> ggml.GgmlType:

@@ -1,5 +1,5 @@
 /* Levels to BF16, F16 and F32: what nested_ref.py says, in C. See nested.c. */
-#include "units.h"
+#include "wide.h"
 
 /* Magnitude of float32 bits in units of the child's last place, times 2**shift. */
 INLINE int32_t fixed_of(uint32_t bits, int child_type) {
@@ -52,14 +52,22 @@ INLINE int32_t ordered16(int32_t bits) { return (int16_t)(bits ^ (((int16_t)bits
 INLINE uint32_t ordered32(uint32_t bits) { return bits ^ (bits >> 31 ? MAGNITUDE : 0); }
 
 /* As nested_split_codes, for a float child; rest: of F32 the low 16 bits, in two planes. */
-INLINE void split_float(int parent_type, int child_type, size_t n, const uint8_t *parent,
-                        const uint8_t *child, int16_t *to[], uint8_t *rest) {
+INLINE void split_float_to(int parent_type, int child_type, size_t n, const uint8_t *parent,
+                           const uint8_t *child, streams16_t *streams, uint8_t *rest) {
+    const int is_wide = child_type == T_BF16 && wide_supported();
     const size_t parent_unit = unit_bytes(parent_type), size = child_type == T_F32 ? 4 : 2;
     for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += UNIT * size) {
         const int m = n - done < UNIT ? (int)(n - done) : UNIT;
         int32_t predicted[UNIT];
         int16_t negate[UNIT], residual[UNIT];
         uint8_t stream[UNIT];
+        if (is_wide) {
+            float value[UNIT], scale[GROUPS], offset[GROUPS];
+            read_values(parent_type, m, parent, value);
+            read_parent_scales(parent_type, m, parent, scale, offset);
+            wide_split_bf16(value, scale, offset, parent_type == T_F32, m, streams, child);
+            continue;
+        }
         unit_predict_float(parent_type, child_type, m, parent, predicted, negate, stream);
         if (child_type == T_F32) {
             uint32_t bits[UNIT] = {0};
@@ -80,39 +88,43 @@ INLINE void split_float(int parent_type, int child_type, size_t n, const uint8_t
                 residual[i] = (int16_t)((difference ^ negate[i]) - negate[i]);
             }
         }
-        for (int i = 0; i < m; i++) *to[stream[i]]++ = residual[i];
+        for (int i = 0; i < m; i++) *streams->at[stream[i]]++ = residual[i];
     }
 }
 
-FAST EXPORT int nested_split_float(int parent_type, int child_type, size_t n,
-                                   const uint8_t *parent, uint8_t *child, uint32_t limits[3],
-                                   int16_t *const streams[], size_t counts[], uint8_t *rest) {
-    int16_t *to[FLOAT_STREAMS];
+FAST int split_float(int parent_type, int child_type, size_t n, const uint8_t *parent,
+                     const uint8_t *child, level_t *level, streams16_t *streams) {
+    uint8_t *rest = level->rest;
     if (!is_parent(parent_type, n)) return BAD_TYPE;
-    for (int k = 0; k < 3; k++) limits[k] = 0;
-    for (int k = 0; k < FLOAT_STREAMS; k++) to[k] = streams[k];
     switch (child_type) { /* a copy of the loop for each */
-    case T_BF16: split_float(parent_type, T_BF16, n, parent, child, to, rest); break;
-    case T_F16: split_float(parent_type, T_F16, n, parent, child, to, rest); break;
-    case T_F32: split_float(parent_type, T_F32, n, parent, child, to, rest); break;
+    case T_BF16: split_float_to(parent_type, T_BF16, n, parent, child, streams, rest); break;
+    case T_F16: split_float_to(parent_type, T_F16, n, parent, child, streams, rest); break;
+    case T_F32: split_float_to(parent_type, T_F32, n, parent, child, streams, rest); break;
     default: return BAD_TYPE;
     }
-    for (int k = 0; k < FLOAT_STREAMS; k++) counts[k] = (size_t)(to[k] - streams[k]);
     return 0;
 }
 
-INLINE int join_float(int parent_type, int child_type, size_t n, const uint8_t *parent,
-                      uint8_t *child, reader_t *reader, const uint8_t *rest) {
+INLINE int join_float_to(int parent_type, int child_type, size_t n, const uint8_t *parent,
+                         uint8_t *child, streams16_t *streams, const uint8_t *rest) {
+    const int is_wide = child_type == T_BF16 && wide_supported();
     const size_t parent_unit = unit_bytes(parent_type), size = child_type == T_F32 ? 4 : 2;
     for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += UNIT * size) {
         const int m = n - done < UNIT ? (int)(n - done) : UNIT;
         int32_t predicted[UNIT];
         int16_t negate[UNIT], residual[UNIT] = {0};
         uint8_t stream[UNIT];
-        const int bad = reader_check(reader, FLOAT_STREAMS);
+        const int bad = streams16_t_check(streams, FLOAT_STREAMS);
         if (bad) return bad;
+        if (is_wide) {
+            float value[UNIT], scale[GROUPS], offset[GROUPS];
+            read_values(parent_type, m, parent, value);
+            read_parent_scales(parent_type, m, parent, scale, offset);
+            wide_join_bf16(value, scale, offset, parent_type == T_F32, m, streams, child);
+            continue;
+        }
         unit_predict_float(parent_type, child_type, m, parent, predicted, negate, stream);
-        for (int i = 0; i < m; i++) residual[i] = *reader->at[stream[i]]++;
+        for (int i = 0; i < m; i++) residual[i] = *streams->at[stream[i]]++;
         if (child_type == T_F32) {
             uint32_t bits[UNIT];
             for (int i = 0; i < m; i++) {
@@ -129,21 +141,17 @@ INLINE int join_float(int parent_type, int child_type, size_t n, const uint8_t *
             memcpy(child, bits, (size_t)m * 2);
         }
     }
-    return reader_end(reader, FLOAT_STREAMS);
+    return streams16_t_finish(streams, FLOAT_STREAMS);
 }
 
-FAST EXPORT int nested_join_float(int parent_type, int child_type, size_t n,
-                                  const uint8_t *parent, uint8_t *child, const uint32_t limits[3],
-                                  const int16_t *const streams[], const size_t counts[],
-                                  uint8_t *rest) {
-    reader_t reader;
-    (void)limits;
+FAST int join_float(int parent_type, int child_type, size_t n, const uint8_t *parent,
+                    uint8_t *child, const level_t *level, streams16_t *streams) {
+    const uint8_t *rest = level->rest;
     if (!is_parent(parent_type, n)) return BAD_TYPE;
-    reader_start(&reader, FLOAT_STREAMS, streams, counts);
     switch (child_type) {
-    case T_BF16: return join_float(parent_type, T_BF16, n, parent, child, &reader, rest);
-    case T_F16: return join_float(parent_type, T_F16, n, parent, child, &reader, rest);
-    case T_F32: return join_float(parent_type, T_F32, n, parent, child, &reader, rest);
+    case T_BF16: return join_float_to(parent_type, T_BF16, n, parent, child, streams, rest);
+    case T_F16: return join_float_to(parent_type, T_F16, n, parent, child, streams, rest);
+    case T_F32: return join_float_to(parent_type, T_F32, n, parent, child, streams, rest);
     default: return BAD_TYPE;
     }
 }

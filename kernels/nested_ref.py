@@ -56,6 +56,11 @@ class Parts:
     rest: ByteArray
 
 
+def n_streams(child_type: str) -> int:
+    """Count the streams of a level that ends at ``child_type``."""
+    return FLOAT_STREAMS if child_type in FLOATS else CODE_STREAMS
+
+
 def split(parent_type: str, child_type: str, parent: ByteArray, child: ByteArray) -> Parts:
     """Take a child apart. Blocks are flat uint8; a parent without a `Layout` comes as F32."""
     if child_type in FLOATS:
@@ -68,7 +73,8 @@ def split(parent_type: str, child_type: str, parent: ByteArray, child: ByteArray
     predicted, fold, stream = _predict(parent_type, parent, layout, step, start, limits)
     residual = layout.codes(blocks).reshape(-1) - predicted
     residual = _wrap(residual, layout.bits)
-    return Parts(limits, _deal(_flip(residual, fold), stream, CODE_STREAMS), rest.reshape(-1))
+    residual = _wrap(_flip(residual, fold), 8)  # +128 is -128: residuals of codes fit in 8 bits
+    return Parts(limits, _deal(residual, stream, CODE_STREAMS), rest.reshape(-1))
 
 
 def join(parent_type: str, child_type: str, parent: ByteArray, parts: Parts, n: int) -> ByteArray:

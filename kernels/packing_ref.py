@@ -41,6 +41,15 @@ class Packed:
     values: I16Array
 
 
+@dataclass(frozen=True)
+class Level:
+    """A level as it is stored, but for zstd: `nested_ref.Parts` with the streams packed."""
+
+    limits: npt.NDArray[np.uint32]
+    streams: list[Packed]
+    rest: ByteArray
+
+
 def digit_bytes(width: int, count: int) -> int:
     """Count the bytes that ``count`` digits of ``width`` bits take."""
     return -(-count * width // 8)

@@ -47,43 +47,56 @@ INLINE int is_parent(int type, size_t n) {
     return block ? n % (size_t)block == 0 : type == T_F32;
 }
 
-/* Where a join reads its streams. Before each unit every stream must have a unit's worth of
- * readable residuals; near its end a stream goes on in a copy padded with zeros. */
+/* A level as it is stored, but for zstd; the same struct as native.Level. */
 typedef struct {
-    const int16_t *at[MOST_STREAMS], *end[MOST_STREAMS];
-    int16_t tail[MOST_STREAMS][2 * UNIT];
-    int is_tail[MOST_STREAMS];
-} reader_t;
+    uint8_t *digits[MOST_STREAMS];
+    size_t count[MOST_STREAMS], n_patches[MOST_STREAMS];
+    uint16_t *gaps;  /* of all streams' patches, one stream after the other */
+    int16_t *values;
+    uint8_t *rest;
+    uint32_t limits[3];
+    uint8_t width[MOST_STREAMS];
+} level_t;
 
-INLINE void reader_start(reader_t *reader, int n_streams, const int16_t *const streams[],
-                         const size_t counts[]) {
-    for (int k = 0; k < n_streams; k++) {
-        reader->at[k] = streams[k];
-        reader->end[k] = streams[k] + counts[k];
-        reader->is_tail[k] = 0;
+/* Residuals are int8_t for a child with codes, int16_t for a float child. They are unpacked with
+ * SLACK residuals of room behind each stream, so that a unit may be read beyond a stream's end
+ * before that is noticed, and dealt with as much room for vectors that reach beyond. */
+enum { SLACK = UNIT + 64 };
+
+#define STREAMS(T, NAME)                                                                           \
+    typedef struct {                                                                               \
+        T *at[MOST_STREAMS], *end[MOST_STREAMS];                                                   \
+    } NAME;                                                                                        \
+    /* Returns 1 + a stream that was read beyond its end, or 0. */                                 \
+    INLINE int NAME##_check(const NAME *streams, int n_streams) {                                  \
+        for (int k = 0; k < n_streams; k++)                                                        \
+            if (streams->at[k] > streams->end[k]) return 1 + k;                                    \
+        return 0;                                                                                  \
+    }                                                                                              \
+    INLINE int NAME##_finish(const NAME *streams, int n_streams) {                                 \
+        for (int k = 0; k < n_streams; k++)                                                        \
+            if (streams->at[k] != streams->end[k]) return 1 + k;                                   \
+        return 0;                                                                                  \
     }
-}
+STREAMS(int8_t, streams8_t)
+STREAMS(int16_t, streams16_t)
 
-/* Returns 1 + a stream that was read beyond its end, or 0. */
-INLINE int reader_check(reader_t *reader, int n_streams) {
-    for (int k = 0; k < n_streams; k++) {
-        const ptrdiff_t left = reader->end[k] - reader->at[k];
-        if (left < 0) return 1 + k;
-        if (left < UNIT && !reader->is_tail[k]) {
-            memset(reader->tail[k], 0, sizeof reader->tail[k]);
-            if (left) memcpy(reader->tail[k], reader->at[k], (size_t)left * 2);
-            reader->at[k] = reader->tail[k];
-            reader->end[k] = reader->tail[k] + left;
-            reader->is_tail[k] = 1;
-        }
-    }
-    return 0;
-}
-
-INLINE int reader_end(const reader_t *reader, int n_streams) {
-    for (int k = 0; k < n_streams; k++)
-        if (reader->at[k] != reader->end[k]) return 1 + k;
-    return 0;
-}
+int split_codes(int parent_type, int child_type, size_t n, const uint8_t *parent, uint8_t *child,
+                level_t *level, streams8_t *streams);
+int join_codes(int parent_type, int child_type, size_t n, const uint8_t *parent, uint8_t *child,
+               const level_t *level, streams8_t *streams);
+int split_float(int parent_type, int child_type, size_t n, const uint8_t *parent,
+                const uint8_t *child, level_t *level, streams16_t *streams);
+int join_float(int parent_type, int child_type, size_t n, const uint8_t *parent, uint8_t *child,
+               const level_t *level, streams16_t *streams);
+size_t packed_bytes(size_t count, int width);
+void pack8(int8_t *residual, size_t count, int *width, uint8_t *digits, uint16_t *gaps,
+           int16_t *values, size_t *n_patches);
+void pack16(int16_t *residual, size_t count, int *width, uint8_t *digits, uint16_t *gaps,
+            int16_t *values, size_t *n_patches);
+int unpack8(const uint8_t *digits, size_t count, int width, const uint16_t *gaps,
+            const int16_t *values, size_t n_patches, int8_t *residual);
+int unpack16(const uint8_t *digits, size_t count, int width, const uint16_t *gaps,
+             const int16_t *values, size_t n_patches, int16_t *residual);
 
 #endif

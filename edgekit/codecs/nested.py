@@ -3,7 +3,7 @@
 A payload, all integers little-endian:
 
     u8          1, the format
-    u32 [3]     limits of the step classes (`Parts.limits`)
+    u32 [3]     limits of the step classes (`nested_ref.Parts.limits`)
     per stream  u8 width, u32 residuals, u32 patches, u32 bytes of its digits
     u32, u32    bytes of the patches, bytes of the rest
     then        digits of each stream, patches, rest: each a zstd frame, or nothing if empty
@@ -23,8 +23,8 @@ import zstandard
 from edgekit.errors import RefusedError
 from edgekit.kernels import nested
 from edgekit.kernels.ggml import ByteArray
-from edgekit.kernels.nested import CHILDREN
-from edgekit.kernels.packing_ref import WINDOWS, Packed, digit_bytes
+from edgekit.kernels.nested import CHILDREN, Level, Packed
+from edgekit.kernels.packing_ref import digit_bytes
 
 __all__ = ["CHILDREN", "decode_chunk", "encode_chunk"]
 
@@ -47,13 +47,12 @@ def encode_chunk(parent_type: str, child_type: str, parent: ByteArray, child: By
     Raises:
         RefusedError: The two differ in their number of weights.
     """
-    parts = nested.split(parent_type, child_type, parent, child)
-    packed = [nested.pack(residuals) for residuals in parts.streams]
-    frames = [_compress(p.digits) for p in packed]
-    patches, rest = _compress(_join_patches(packed)), _compress(parts.rest)
-    head = _HEAD.pack(FORMAT, *parts.limits.tolist()) + b"".join(
-        _STREAM.pack(p.width, p.count, len(p.gaps), len(frame))
-        for p, frame in zip(packed, frames, strict=True)
+    level = nested.encode(parent_type, child_type, parent, child)
+    frames = [_compress(s.digits) for s in level.streams]
+    patches, rest = _compress(_join_patches(level.streams)), _compress(level.rest)
+    head = _HEAD.pack(FORMAT, *level.limits.tolist()) + b"".join(
+        _STREAM.pack(s.width, s.count, len(s.gaps), len(frame))
+        for s, frame in zip(level.streams, frames, strict=True)
     )
     return b"".join([head, _TAIL.pack(len(patches), len(rest)), *frames, patches, rest])
 
@@ -76,10 +75,9 @@ def decode_chunk(
         digits = [_decompress(next(frames), digit_bytes(s.width, s.count)) for s in header.streams]
         patches = _decompress(next(frames), 4 * sum(s.n_patches for s in header.streams))
         rest = _decompress(next(frames), nested.rest_bytes(child_type, n_weights))
-    packed = _split_patches(header.streams, digits, patches)
-    streams = [nested.unpack(p) for p in packed]
-    parts = nested.Parts(np.array(header.limits, np.uint32), streams, rest)
-    return nested.join(parent_type, child_type, parent, parts, n_weights)
+    streams = _split_patches(header.streams, digits, patches)
+    level = Level(np.array(header.limits, np.uint32), streams, rest)
+    return nested.decode(parent_type, child_type, parent, level, n_weights)
 
 
 @dataclass(frozen=True)
@@ -111,8 +109,9 @@ def _read_header(child_type: str, view: memoryview, n_weights: int) -> _Header:
         _Stream(*_STREAM.unpack_from(view, _HEAD.size + k * _STREAM.size)) for k in range(n_streams)
     )
     sizes = (*(s.n_bytes for s in streams), *_TAIL.unpack_from(view, end - _TAIL.size))
+    widths = nested.widths(child_type)
     if (
-        any(s.width not in WINDOWS or s.n_patches > s.count for s in streams)
+        any(s.width not in widths or s.n_patches > s.count for s in streams)
         or sum(s.count for s in streams) != n_weights
         or end + sum(sizes) != len(view)
     ):

@@ -9,7 +9,7 @@ import pytest
 
 from edgekit.codecs.nested import CHILDREN, decode_chunk, encode_chunk
 from edgekit.errors import RefusedError, UnknownNameError
-from edgekit.kernels import ggml, native, nested
+from edgekit.kernels import ggml, native, nested, packing_ref
 
 COLS = 512
 CHAIN = ("Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0", "BF16")
@@ -132,14 +132,14 @@ def test_the_format_does_not_drift(code):
     parent, child = (
         np.frombuffer(bytes.fromhex(x), np.uint8) for x in (GOLDEN_PARENT, GOLDEN_CHILD)
     )
-    parts = nested.split("Q4_0", "Q8_0", parent, child)
+    level = nested.encode("Q4_0", "Q8_0", parent, child)
     nibbles = [*(7 * i % 16 for i in range(16)), *(7 * (i + 16) % 16 for i in range(16))]
     by_hand = [3 * i - 40 - 16 * (q - 8) for i, q in enumerate(nibbles)]
     wrapped = [(r + 128) % 256 - 128 for r in by_hand]
-    assert parts.streams[0].tolist() == wrapped
-    assert all(not len(s) for s in parts.streams[1:])
-    assert parts.limits.tolist() == [0x41800000] * 3  # 16.0: the parent's step in child steps
-    assert parts.rest.tolist() == [0x00, 0x18]
+    assert packing_ref.unpack(level.streams[0]).tolist() == wrapped
+    assert not any(s.count for s in level.streams[1:])
+    assert level.limits.tolist() == [0x41800000] * 3  # 16.0: the parent's step in child steps
+    assert level.rest.tolist() == [0x00, 0x18]
 
 
 GOLDEN_PAYLOAD = (
