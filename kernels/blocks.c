@@ -13,33 +13,36 @@ INLINE float half_at(const uint8_t *p) {
                                            : (rest << 13) + (112u << 23)));
 }
 
-/* One plane of n codes, see blocks.Plane: a function for each shape, so that each vectorizes.
- * Reads are or-ed into code, which starts at 0. */
-#define PLANE(BITS, RUN)                                                                           \
-    FAST static void read_##BITS##_##RUN(const uint8_t *at, int n, int shift, uint8_t *code) {     \
-        for (int first = 0; first < n; first += RUN * 8 / BITS, at += RUN)                         \
+/* One plane of n codes, see blocks.Plane: a function for each shape and shift, so that each
+ * vectorizes. Of a code's planes the lowest is read first (OP is =), the others or-ed into it. */
+#define PLANE(BITS, RUN, SHIFT, OP)                                                                \
+    FAST static void read_##BITS##_##RUN##_##SHIFT(const uint8_t *restrict at, int n,              \
+                                                   uint8_t *restrict code) {                       \
+        for (int first = 0; first < n; first += RUN * 8 / BITS, at += RUN, code += RUN * 8 / BITS) \
             for (int s = 0; s < 8 / BITS; s++)                                                     \
                 for (int i = 0; i < RUN; i++)                                                      \
-                    code[first + s * RUN + i] |=                                                   \
-                        (uint8_t)(((at[i] >> (s * BITS)) & ((1 << BITS) - 1)) << shift);           \
+                    code[s * RUN + i] OP (uint8_t)(                                                \
+                        ((uint8_t)(at[i] >> (s * BITS)) & ((1 << BITS) - 1)) << SHIFT);            \
     }                                                                                              \
-    FAST static void write_##BITS##_##RUN(uint8_t *at, int n, int shift, const uint8_t *code) {    \
-        for (int first = 0; first < n; first += RUN * 8 / BITS, at += RUN)                         \
+    FAST static void write_##BITS##_##RUN##_##SHIFT(uint8_t *restrict at, int n,                   \
+                                                    const uint8_t *restrict code) {                \
+        for (int first = 0; first < n; first += RUN * 8 / BITS, at += RUN, code += RUN * 8 / BITS) \
             for (int i = 0; i < RUN; i++) {                                                        \
-                unsigned byte = 0;                                                                 \
+                uint8_t byte = 0;                                                                  \
                 for (int s = 0; s < 8 / BITS; s++)                                                 \
-                    byte |= ((unsigned)code[first + s * RUN + i] >> shift & ((1u << BITS) - 1))    \
-                            << (s * BITS);                                                         \
-                at[i] = (uint8_t)byte;                                                             \
+                    byte |= (uint8_t)(((uint8_t)(code[s * RUN + i] >> SHIFT) &                     \
+                                       ((1 << BITS) - 1)) << (s * BITS));                          \
+                at[i] = byte;                                                                      \
             }                                                                                      \
     }
-PLANE(1, 1)
-PLANE(1, 32)
-PLANE(2, 32)
-PLANE(4, 16)
-PLANE(4, 32)
-PLANE(4, 64)
-PLANE(8, 32)
+PLANE(1, 1, 4, |=)
+PLANE(1, 32, 2, |=)
+PLANE(1, 32, 4, |=)
+PLANE(2, 32, 0, =)
+PLANE(2, 32, 4, |=)
+PLANE(4, 16, 0, =)
+PLANE(4, 32, 0, =)
+PLANE(4, 64, 0, =)
 
 /* Apply to every block of a unit of n weights, at p, its codes at c; DO is read or write. */
 #define EACH(BYTES, ...)                                                                           \
@@ -49,22 +52,26 @@ PLANE(8, 32)
     break
 #define PLANES(DO)                                                                                 \
     switch (type) {                                                                                \
-    case T_Q4_0: EACH(18, DO##_4_16(p + 2, 32, 0, c));                                             \
-    case T_Q4_1: EACH(20, DO##_4_16(p + 4, 32, 0, c));                                             \
-    case T_Q5_0: EACH(22, DO##_4_16(p + 6, 32, 0, c); DO##_1_1(p + 2, 32, 4, c));                  \
-    case T_Q5_1: EACH(24, DO##_4_16(p + 8, 32, 0, c); DO##_1_1(p + 4, 32, 4, c));                  \
-    case T_Q8_0: EACH(34, DO##_8_32(p + 2, 32, 0, c));                                             \
-    case T_Q2_K: DO##_2_32(p + 16, 256, 0, c); break;                                              \
-    case T_Q3_K: DO##_2_32(p + 32, 256, 0, c); DO##_1_32(p, 256, 2, c); break;                     \
-    case T_Q4_K: DO##_4_32(p + 16, 256, 0, c); break;                                              \
-    case T_Q5_K: DO##_4_32(p + 48, 256, 0, c); DO##_1_32(p + 16, 256, 4, c); break;                \
-    case T_Q6_K: DO##_4_64(p, 256, 0, c); DO##_2_32(p + 128, 256, 4, c); break;                    \
+    case T_Q4_0: EACH(18, DO##_4_16_0(p + 2, 32, c));                                              \
+    case T_Q4_1: EACH(20, DO##_4_16_0(p + 4, 32, c));                                              \
+    case T_Q5_0: EACH(22, DO##_4_16_0(p + 6, 32, c); DO##_1_1_4(p + 2, 32, c));                    \
+    case T_Q5_1: EACH(24, DO##_4_16_0(p + 8, 32, c); DO##_1_1_4(p + 4, 32, c));                    \
+    case T_Q8_0: EACH(34, memcpy(DO##_TO(c, p + 2), DO##_FROM(c, p + 2), 32));                     \
+    case T_Q2_K: DO##_2_32_0(p + 16, 256, c); break;                                               \
+    case T_Q3_K: DO##_2_32_0(p + 32, 256, c); DO##_1_32_2(p, 256, c); break;                       \
+    case T_Q4_K: DO##_4_32_0(p + 16, 256, c); break;                                               \
+    case T_Q5_K: DO##_4_32_0(p + 48, 256, c); DO##_1_32_4(p + 16, 256, c); break;                  \
+    case T_Q6_K: DO##_4_64_0(p, 256, c); DO##_2_32_4(p + 128, 256, c); break;                      \
     default: break;                                                                                \
     }
+#define read_TO(c, p) (c)
+#define read_FROM(c, p) (p)
+#define write_TO(c, p) (p)
+#define write_FROM(c, p) (c)
 
 void blocks_read_codes(int type, int n, const uint8_t *p, uint8_t code[UNIT]) {
     uint8_t *c = code;
-    memset(code, 0, UNIT);
+    if (n < UNIT) memset(code, 0, UNIT);
     PLANES(read)
 }
 
