@@ -49,9 +49,9 @@ class Log:
 
 LOG = Log()
 
-# Rounds a thread of llama.cpp waits awake for the others before it sleeps; some 0.1 ms. OpenMP's
-# own 300,000 make two threads on a busy machine a thousand times slower than one.
-SPIN_COUNT = "10000"
+# Rounds a thread of llama.cpp waits awake for the others before it sleeps; a round is a `pause`, some
+# 50 ns. OpenMP's own 300,000 make two threads on a busy machine far slower than one; docs/lab-notes.
+SPIN_COUNT = "300"
 
 
 @functools.cache
