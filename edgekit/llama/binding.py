@@ -49,8 +49,8 @@ class Log:
 
 LOG = Log()
 
-# Rounds a thread of llama.cpp waits awake for the others before it sleeps; a round is a `pause`, some
-# 50 ns. OpenMP's own 300,000 make two threads on a busy machine far slower than one; docs/lab-notes.
+# Rounds a thread of llama.cpp waits awake for the others before it sleeps, some 50 ns each. OpenMP's
+# own 300,000 make two threads on a busy machine far slower than one (docs/lab-notes.md).
 SPIN_COUNT = "300"
 
 
