@@ -49,8 +49,8 @@ class Log:
 
 LOG = Log()
 
-# Rounds a thread of llama.cpp waits awake for the others before it sleeps, some 50 ns each. OpenMP's
-# own 300,000 make two threads on a busy machine far slower than one (docs/lab-notes.md).
+# Rounds that a thread of llama.cpp waits awake for the others, some 50 ns each, before it sleeps.
+# OpenMP's 300,000 make two threads on a busy machine far slower than one (docs/lab-notes.md).
 SPIN_COUNT = "300"
 
 
