@@ -1,7 +1,8 @@
 """The compiled kernels: found beside this file, loaded with ctypes, or absent.
 
 `setup.py` compiles them at installation where there is a C compiler. Without them the numpy
-references run, which give the same bytes some fifty times slower; so does EDGEKIT_NO_NATIVE=1.
+references run, which give the same bytes some hundred times slower; so does EDGEKIT_NO_NATIVE=1.
+EDGEKIT_NO_AVX512=1 makes the kernels do without AVX-512, as most machines must.
 """
 
 import ctypes
@@ -35,6 +36,7 @@ class _Level(ctypes.Structure):
         ("rest", _Pointer),
         ("limits", ctypes.c_uint32 * 3),
         ("width", ctypes.c_uint8 * FLOAT_STREAMS),
+        ("is_plain", ctypes.c_uint8),
     )
 
 
@@ -54,7 +56,7 @@ def _load() -> "Native | None":
             except (OSError, AttributeError):
                 continue  # of another machine or another Python; the message follows
     logging.getLogger(__name__).warning(
-        "edgekit's compiled codec is missing: tensors are coded some fifty times slower; "
+        "edgekit's compiled codec is missing: tensors are coded some hundred times slower; "
         "install a C compiler and reinstall edgekit"
     )
     return None
@@ -84,7 +86,7 @@ class Native:
         level = _Level()
         level.digits[0] = digits.ctypes.data
         level.gaps, level.values = gaps.ctypes.data, values.ctypes.data
-        level.rest = rest.ctypes.data
+        level.rest, level.is_plain = rest.ctypes.data, _is_plain()
         failed = self._library.nested_encode(
             TYPES[parent_type].id, kind.id, n, parent.ctypes.data, child.ctypes.data,
             ctypes.byref(level), self._room(self._library.nested_encode_room(kind.id, n)),
@@ -138,6 +140,7 @@ class Native:
             gaps.ctypes.data, values.ctypes.data, rest.ctypes.data,
             tuple(packed.limits.tolist()),
             tuple(s.width for s in streams),
+            _is_plain(),
         )  # fmt: skip
         return (gaps, values, rest, streams), level
 
@@ -150,3 +153,7 @@ class Native:
         if room is None or room.nbytes < n_bytes:
             room = self._thread.room = np.empty(n_bytes, np.uint8)
         return int(room.ctypes.data)
+
+
+def _is_plain() -> bool:
+    return os.environ.get("EDGEKIT_NO_AVX512") == "1"

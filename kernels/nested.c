@@ -23,9 +23,9 @@ INLINE void unit_steps(int parent_type, int child_type, int n, const uint8_t *pa
         const float inverse = 1.0f / scale[g];
         const float a = parent_scale[g] * inverse;
         const float b = (parent_offset[g] - offset[g]) * inverse;
-        const int usable = is_finite(a) && is_finite(b);
-        step[g] = usable ? a : 0.0f;
-        start[g] = usable ? b : 0.0f;
+        const uint32_t usable = (uint32_t)-(is_finite(a) & is_finite(b)); /* no branches */
+        step[g] = float_of(bits_of(a) & usable);
+        start[g] = float_of(bits_of(b) & usable);
     }
 }
 
@@ -115,16 +115,16 @@ INLINE void deal_plain(streams8_t *to, int n, const uint8_t pair[GROUPS], const 
 INLINE void collect_plain(streams8_t *from, int n, const uint8_t pair[GROUPS],
                           const uint8_t far[UNIT], int8_t residual[UNIT]) {
     for (int g = 0; g < n; g++, far += GROUP, residual += GROUP) {
-        const int8_t *near_at = from->at[pair[g]], *far_at = from->at[pair[g] + 1];
-        for (int i = 0; i < GROUP; i++) { /* both are read, one advances: no branches */
-            const ptrdiff_t is_far = far[i];
-            const int8_t a = *near_at, b = *far_at;
-            residual[i] = is_far ? b : a;
-            far_at += is_far;
-            near_at += 1 - is_far;
+        const int8_t *near_at = from->at[pair[g]];
+        const ptrdiff_t apart = from->at[pair[g] + 1] - near_at; /* both in one array */
+        ptrdiff_t n_far = 0;
+        for (int i = 0; i < GROUP; i++) { /* no branches: they would be guessed wrong */
+            const ptrdiff_t is_far = far[i], near = i - n_far;
+            residual[i] = near_at[near + ((apart + n_far - near) & -is_far)];
+            n_far += is_far;
         }
-        from->at[pair[g]] = (int8_t *)near_at;
-        from->at[pair[g] + 1] = (int8_t *)far_at;
+        from->at[pair[g]] += GROUP - n_far;
+        from->at[pair[g] + 1] += n_far;
     }
 }
 
@@ -159,7 +159,7 @@ FAST int split_codes(int parent_type, int child_type, size_t n, const uint8_t *p
     const layout_t layout = layout_of(child_type);
     if (!layout.block || n % (size_t)layout.block || !is_parent(parent_type, n)) return BAD_TYPE;
     const size_t parent_unit = unit_bytes(parent_type), child_unit = unit_bytes(child_type);
-    const int is_wide = wide_supported();
+    const int is_wide = !level->is_plain && wide_supported();
     if (n)
         quartiles(parent_type, child_type, n, parent, parent_unit, child, child_unit,
                   level->limits);
@@ -185,7 +185,7 @@ FAST int join_codes(int parent_type, int child_type, size_t n, const uint8_t *pa
     const layout_t layout = layout_of(child_type);
     if (!layout.block || n % (size_t)layout.block || !is_parent(parent_type, n)) return BAD_TYPE;
     const size_t parent_unit = unit_bytes(parent_type), child_unit = unit_bytes(child_type);
-    const int is_wide = wide_supported();
+    const int is_wide = !level->is_plain && wide_supported();
     for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += child_unit) {
         const int m = n - done < UNIT ? (int)(n - done) : UNIT;
         float value[UNIT], step[GROUPS], start[GROUPS];

@@ -53,8 +53,10 @@ INLINE uint32_t ordered32(uint32_t bits) { return bits ^ (bits >> 31 ? MAGNITUDE
 
 /* As nested_split_codes, for a float child; rest: of F32 the low 16 bits, in two planes. */
 INLINE void split_float_to(int parent_type, int child_type, size_t n, const uint8_t *parent,
-                           const uint8_t *child, streams16_t *streams, uint8_t *rest) {
-    const int is_wide = child_type == T_BF16 && wide_supported();
+                           const uint8_t *child, streams16_t *streams,
+                           const level_t *level) {
+    uint8_t *const rest = level->rest;
+    const int is_wide = child_type == T_BF16 && !level->is_plain && wide_supported();
     const size_t parent_unit = unit_bytes(parent_type), size = child_type == T_F32 ? 4 : 2;
     for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += UNIT * size) {
         const int m = n - done < UNIT ? (int)(n - done) : UNIT;
@@ -94,20 +96,21 @@ INLINE void split_float_to(int parent_type, int child_type, size_t n, const uint
 
 FAST int split_float(int parent_type, int child_type, size_t n, const uint8_t *parent,
                      const uint8_t *child, level_t *level, streams16_t *streams) {
-    uint8_t *rest = level->rest;
     if (!is_parent(parent_type, n)) return BAD_TYPE;
     switch (child_type) { /* a copy of the loop for each */
-    case T_BF16: split_float_to(parent_type, T_BF16, n, parent, child, streams, rest); break;
-    case T_F16: split_float_to(parent_type, T_F16, n, parent, child, streams, rest); break;
-    case T_F32: split_float_to(parent_type, T_F32, n, parent, child, streams, rest); break;
+    case T_BF16: split_float_to(parent_type, T_BF16, n, parent, child, streams, level); break;
+    case T_F16: split_float_to(parent_type, T_F16, n, parent, child, streams, level); break;
+    case T_F32: split_float_to(parent_type, T_F32, n, parent, child, streams, level); break;
     default: return BAD_TYPE;
     }
     return 0;
 }
 
 INLINE int join_float_to(int parent_type, int child_type, size_t n, const uint8_t *parent,
-                         uint8_t *child, streams16_t *streams, const uint8_t *rest) {
-    const int is_wide = child_type == T_BF16 && wide_supported();
+                         uint8_t *child, streams16_t *streams,
+                         const level_t *level) {
+    const uint8_t *const rest = level->rest;
+    const int is_wide = child_type == T_BF16 && !level->is_plain && wide_supported();
     const size_t parent_unit = unit_bytes(parent_type), size = child_type == T_F32 ? 4 : 2;
     for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += UNIT * size) {
         const int m = n - done < UNIT ? (int)(n - done) : UNIT;
@@ -146,12 +149,11 @@ INLINE int join_float_to(int parent_type, int child_type, size_t n, const uint8_
 
 FAST int join_float(int parent_type, int child_type, size_t n, const uint8_t *parent,
                     uint8_t *child, const level_t *level, streams16_t *streams) {
-    const uint8_t *rest = level->rest;
     if (!is_parent(parent_type, n)) return BAD_TYPE;
     switch (child_type) {
-    case T_BF16: return join_float_to(parent_type, T_BF16, n, parent, child, streams, rest);
-    case T_F16: return join_float_to(parent_type, T_F16, n, parent, child, streams, rest);
-    case T_F32: return join_float_to(parent_type, T_F32, n, parent, child, streams, rest);
+    case T_BF16: return join_float_to(parent_type, T_BF16, n, parent, child, streams, level);
+    case T_F16: return join_float_to(parent_type, T_F16, n, parent, child, streams, level);
+    case T_F32: return join_float_to(parent_type, T_F32, n, parent, child, streams, level);
     default: return BAD_TYPE;
     }
 }

@@ -5,7 +5,7 @@ outside are patched afterwards. Digits that share a byte are far apart in the st
 ``m`` holds residuals ``j``, ``j + m``, ...), so that packing is plain loops over bytes.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,7 @@ PATCHED_SHARE = 512
 FARTHEST = 0xFFFF  # the largest gap between patches; a patch that changes nothing bridges more
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):
     """A packed stream of ``count`` residuals.
 
     Attributes:
@@ -41,8 +40,7 @@ class Packed:
     values: I16Array
 
 
-@dataclass(frozen=True)
-class Level:
+class Level(NamedTuple):
     """A level as it is stored, but for zstd: `nested_ref.Parts` with the streams packed."""
 
     limits: npt.NDArray[np.uint32]

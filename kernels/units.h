@@ -22,7 +22,9 @@ INLINE void read_values(int type, int n, const uint8_t *parent, float value[UNIT
     uint8_t code[UNIT];
     const layout_t layout = layout_of(type);
     blocks_read_codes(type, n, parent, code);
-    for (int i = 0; i < UNIT; i++) value[i] = (float)((code[i] ^ layout.flip) + layout.low);
+    for (int i = 0; i < UNIT; i++)
+        code[i] = (uint8_t)((code[i] ^ (uint8_t)layout.flip) + (uint8_t)layout.low);
+    for (int i = 0; i < UNIT; i++) value[i] = (float)(int8_t)code[i];
 }
 
 INLINE void read_parent_scales(int type, int n, const uint8_t *parent, float scale[GROUPS],
@@ -56,6 +58,7 @@ typedef struct {
     uint8_t *rest;
     uint32_t limits[3];
     uint8_t width[MOST_STREAMS];
+    uint8_t is_plain; /* do without AVX-512 */
 } level_t;
 
 /* Residuals are int8_t for a child with codes, int16_t for a float child. They are unpacked with

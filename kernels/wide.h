@@ -4,7 +4,7 @@
 
 #include "units.h"
 
-/* Whether this machine has what the functions below need. EDGEKIT_NO_WIDE is for tests. */
+/* Whether this machine has what the functions below need. */
 int wide_supported(void);
 
 /* Codes (as stored) to residuals and back; of the streams, those of the first n_groups groups. */

@@ -15,7 +15,7 @@ the values, the high bytes.
 import struct
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import zstandard
@@ -80,16 +80,14 @@ def decode_chunk(
     return nested.decode(parent_type, child_type, parent, level, n_weights)
 
 
-@dataclass(frozen=True)
-class _Stream:
+class _Stream(NamedTuple):
     width: int
     count: int
     n_patches: int
     n_bytes: int
 
 
-@dataclass(frozen=True)
-class _Header:
+class _Header(NamedTuple):
     limits: tuple[int, int, int]
     streams: tuple[_Stream, ...]
     sizes: tuple[int, ...]  # of all frames, in order
