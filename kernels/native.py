@@ -134,7 +134,7 @@ class Native:
         values = np.concatenate([s.values for s in streams], dtype=np.int16)
         rest = np.ascontiguousarray(packed.rest)
         level = _Level(
-            tuple(s.digits.ctypes.data for s in streams),
+            tuple(s.digits.__array_interface__["data"][0] for s in streams),
             tuple(s.count for s in streams),
             tuple(len(s.gaps) for s in streams),
             gaps.ctypes.data, values.ctypes.data, rest.ctypes.data,

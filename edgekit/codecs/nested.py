@@ -33,6 +33,7 @@ ZSTD_LEVEL = 1
 _HEAD = struct.Struct("<B3I")
 _STREAM = struct.Struct("<BIII")
 _TAIL = struct.Struct("<II")
+_NO_GAPS, _NO_VALUES = np.zeros(0, np.uint16), np.zeros(0, np.int16)
 
 
 def encode_chunk(parent_type: str, child_type: str, parent: ByteArray, child: ByteArray) -> bytes:
@@ -103,9 +104,8 @@ def _read_header(child_type: str, view: memoryview, n_weights: int) -> _Header:
             f"{view[0] if len(view) else 'none'}; needed are {end} or more and {FORMAT}"
         )
     _, *limits = _HEAD.unpack_from(view)
-    streams = tuple(
-        _Stream(*_STREAM.unpack_from(view, _HEAD.size + k * _STREAM.size)) for k in range(n_streams)
-    )
+    numbers = _STREAM.iter_unpack(view[_HEAD.size : end - _TAIL.size])
+    streams = tuple(map(_Stream._make, numbers))
     sizes = (*(s.n_bytes for s in streams), *_TAIL.unpack_from(view, end - _TAIL.size))
     widths = nested.widths(child_type)
     if (
@@ -128,6 +128,8 @@ def _frames(header: _Header, view: memoryview) -> Iterator[memoryview]:
 
 
 def _join_patches(packed: list[Packed]) -> ByteArray:
+    if not any(len(p.gaps) for p in packed):
+        return np.zeros(0, np.uint8)
     gaps = np.concatenate([p.gaps for p in packed]).astype("<u2")
     values = np.concatenate([p.values for p in packed]).astype("<i2")
     planes = [x.view(np.uint8).reshape(-1, 2).T.reshape(-1) for x in (gaps, values)]
@@ -137,6 +139,11 @@ def _join_patches(packed: list[Packed]) -> ByteArray:
 def _split_patches(
     streams: tuple[_Stream, ...], digits: list[ByteArray], patches: ByteArray
 ) -> list[Packed]:
+    if not len(patches):  # often so; this saves a tenth of a small chunk's time
+        return [
+            Packed(s.width, s.count, data, _NO_GAPS, _NO_VALUES)
+            for s, data in zip(streams, digits, strict=True)
+        ]
     planes = patches.reshape(2, 2, -1).transpose(0, 2, 1).copy()
     gaps, values = planes[0].view("<u2").reshape(-1), planes[1].view("<i2").reshape(-1)
     packed, start = [], 0
