@@ -81,7 +81,8 @@ def _callback(lib: Any) -> Any:
 @contextmanager
 def capture_log() -> Iterator[list[str]]:
     """Collect every line that llama.cpp logs inside the block, at all levels."""
-    binding()
+    lib = binding()
+    lib.llama_log_set(_callback(lib), ctypes.c_void_p(0))  # other code may have set its own
     lines: list[str] = []
     LOG.captures.append(lines)
     try:
