@@ -95,50 +95,96 @@ INLINE void unit_rest(layout_t layout, int n, uint8_t *child, uint8_t *rest, siz
     }
 }
 
-/* Deal the residuals of n groups out to their pairs of streams, each weight's by far[]. */
-INLINE void deal_plain(streams8_t *to, int n, const uint8_t pair[GROUPS], const uint8_t far[UNIT],
-                       const int8_t residual[UNIT]) {
-    for (int g = 0; g < n; g++, far += GROUP, residual += GROUP) {
-        int8_t *near_to = to->at[pair[g]], *far_to = to->at[pair[g] + 1];
-        for (int i = 0; i < GROUP; i++) { /* both are written, one advances: no branches */
-            const ptrdiff_t is_far = far[i];
-            *near_to = *far_to = residual[i];
-            far_to += is_far;
-            near_to += 1 - is_far;
+/* For each set of far weights among eight, one bit each: where eight residuals come from when the
+ * near ones lie first and the far ones after them (collect), or where those come from (deal). */
+typedef struct {
+    uint8_t from[256][8];
+} orders_t;
+
+static void make_orders(orders_t *orders, int is_join) {
+    for (int set = 0; set < 256; set++) {
+        int n_near = 0, at[2] = {0, 0}; /* the next near, the next far */
+        for (int i = 0; i < 8; i++) n_near += !(set >> i & 1);
+        at[1] = n_near;
+        for (int i = 0; i < 8; i++) {
+            const int place = at[set >> i & 1]++;
+            if (is_join) orders->from[set][i] = (uint8_t)place;
+            else orders->from[set][place] = (uint8_t)i;
         }
-        to->at[pair[g]] = near_to;
-        to->at[pair[g] + 1] = far_to;
+    }
+}
+
+/* Byte i of the result is byte order[i] of eight. */
+INLINE uint64_t reorder(uint64_t eight, const uint8_t order[8]) {
+#if defined(__GNUC__) && !defined(__clang__)
+    typedef uint8_t bytes_t __attribute__((vector_size(16)));
+    typedef uint64_t words_t __attribute__((vector_size(16)));
+    uint64_t index;
+    memcpy(&index, order, 8);
+    const words_t from = {eight, 0}, at = {index, 0};
+    return ((words_t)__builtin_shuffle((bytes_t)from, (bytes_t)at))[0];
+#else
+    uint64_t whole = 0;
+    for (int i = 0; i < 8; i++) whole |= (eight >> (8 * order[i]) & 0xff) << (8 * i);
+    return whole;
+#endif
+}
+
+/* far: bytes of 0 and 1. */
+INLINE int set_of(uint64_t far) { return (int)((far * 0x0102040810204080u) >> 56); }
+INLINE int count_of(uint64_t far) { return (int)((far * 0x0101010101010101u) >> 56); }
+
+/* Deal the residuals of n groups out to their pairs of streams, each weight's by far[]; eight at
+ * a time, without branches: they would be guessed wrong. */
+INLINE void deal_plain(streams8_t *to, int n, const uint8_t pair[GROUPS], const uint8_t far[UNIT],
+                       const int8_t residual[UNIT], const orders_t *orders) {
+    for (int i = 0; i < n * GROUP; i += 8) {
+        int8_t **near_to = &to->at[pair[i / GROUP]], **far_to = near_to + 1;
+        uint64_t flags, eight;
+        memcpy(&flags, far + i, 8);
+        memcpy(&eight, residual + i, 8);
+        const int n_far = count_of(flags);
+        const uint64_t sorted = reorder(eight, orders->from[set_of(flags)]);
+        const uint64_t far_ones = n_far ? sorted >> (64 - 8 * n_far) : 0;
+        memcpy(*near_to, &sorted, 8); /* too many, written over next time */
+        memcpy(*far_to, &far_ones, 8);
+        *near_to += 8 - n_far;
+        *far_to += n_far;
     }
 }
 
 /* The reverse. */
 INLINE void collect_plain(streams8_t *from, int n, const uint8_t pair[GROUPS],
-                          const uint8_t far[UNIT], int8_t residual[UNIT]) {
-    for (int g = 0; g < n; g++, far += GROUP, residual += GROUP) {
-        const int8_t *near_at = from->at[pair[g]];
-        const ptrdiff_t apart = from->at[pair[g] + 1] - near_at; /* both in one array */
-        ptrdiff_t n_far = 0;
-        for (int i = 0; i < GROUP; i++) { /* no branches: they would be guessed wrong */
-            const ptrdiff_t is_far = far[i], near = i - n_far;
-            residual[i] = near_at[near + ((apart + n_far - near) & -is_far)];
-            n_far += is_far;
-        }
-        from->at[pair[g]] += GROUP - n_far;
-        from->at[pair[g] + 1] += n_far;
+                          const uint8_t far[UNIT], int8_t residual[UNIT],
+                          const orders_t *orders) {
+    for (int i = 0; i < n * GROUP; i += 8) {
+        int8_t **near_at = &from->at[pair[i / GROUP]], **far_at = near_at + 1;
+        uint64_t flags, near_ones, far_ones;
+        memcpy(&flags, far + i, 8);
+        memcpy(&near_ones, *near_at, 8);
+        memcpy(&far_ones, *far_at, 8);
+        const int n_far = count_of(flags);
+        const uint64_t shifted = n_far ? far_ones << (64 - 8 * n_far) : 0;
+        const uint64_t kept = n_far == 8 ? 0 : near_ones & (~(uint64_t)0 >> (8 * n_far));
+        const uint64_t eight = reorder(shifted | kept, orders->from[set_of(flags)]);
+        memcpy(residual + i, &eight, 8);
+        *near_at += 8 - n_far;
+        *far_at += n_far;
     }
 }
 
 /* Split a unit's codes into residuals, or make codes of residuals. code: values modulo 256. */
 INLINE void unit_plain(const float value[UNIT], const float step[GROUPS],
                        const float start[GROUPS], layout_t layout, const uint32_t limits[3],
-                       int n_groups, streams8_t *streams, uint8_t code[UNIT], int is_join) {
+                       int n_groups, streams8_t *streams, uint8_t code[UNIT],
+                       const orders_t *orders, int is_join) {
     const uint8_t half = (uint8_t)(1 << (layout.bits - 1)), mask = (uint8_t)(2 * half - 1);
     int8_t predicted[UNIT], negate[UNIT], residual[UNIT];
     uint8_t far[UNIT], pair[GROUPS];
     unit_predict(value, step, start, layout, predicted, negate, far);
     for (int g = 0; g < GROUPS; g++) pair[g] = (uint8_t)(2 * step_class(step[g], limits));
     if (is_join) {
-        collect_plain(streams, n_groups, pair, far, residual);
+        collect_plain(streams, n_groups, pair, far, residual, orders);
         for (int i = 0; i < UNIT; i++) {
             const uint8_t flipped = (uint8_t)((residual[i] ^ negate[i]) - negate[i]);
             const uint8_t raw = (uint8_t)((uint8_t)(predicted[i] + flipped) - layout.low) & mask;
@@ -151,7 +197,7 @@ INLINE void unit_plain(const float value[UNIT], const float step[GROUPS],
         const uint8_t wrapped = (uint8_t)((uint8_t)(plain - predicted[i] + half) & mask) - half;
         residual[i] = (int8_t)((wrapped ^ (uint8_t)negate[i]) - (uint8_t)negate[i]);
     }
-    deal_plain(streams, n_groups, pair, far, residual);
+    deal_plain(streams, n_groups, pair, far, residual, orders);
 }
 
 FAST int split_codes(int parent_type, int child_type, size_t n, const uint8_t *parent,
@@ -160,6 +206,8 @@ FAST int split_codes(int parent_type, int child_type, size_t n, const uint8_t *p
     if (!layout.block || n % (size_t)layout.block || !is_parent(parent_type, n)) return BAD_TYPE;
     const size_t parent_unit = unit_bytes(parent_type), child_unit = unit_bytes(child_type);
     const int is_wide = !level->is_plain && wide_supported();
+    orders_t orders;
+    if (!is_wide) make_orders(&orders, 0);
     if (n)
         quartiles(parent_type, child_type, n, parent, parent_unit, child, child_unit,
                   level->limits);
@@ -175,7 +223,8 @@ FAST int split_codes(int parent_type, int child_type, size_t n, const uint8_t *p
         if (is_wide)
             wide_split(value, step, start, layout, level->limits, m / GROUP, streams, code);
         else
-            unit_plain(value, step, start, layout, level->limits, m / GROUP, streams, code, 0);
+            unit_plain(value, step, start, layout, level->limits, m / GROUP, streams, code,
+                       &orders, 0);
     }
     return 0;
 }
@@ -186,6 +235,8 @@ FAST int join_codes(int parent_type, int child_type, size_t n, const uint8_t *pa
     if (!layout.block || n % (size_t)layout.block || !is_parent(parent_type, n)) return BAD_TYPE;
     const size_t parent_unit = unit_bytes(parent_type), child_unit = unit_bytes(child_type);
     const int is_wide = !level->is_plain && wide_supported();
+    orders_t orders;
+    if (!is_wide) make_orders(&orders, 1);
     for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += child_unit) {
         const int m = n - done < UNIT ? (int)(n - done) : UNIT;
         float value[UNIT], step[GROUPS], start[GROUPS];
@@ -199,7 +250,8 @@ FAST int join_codes(int parent_type, int child_type, size_t n, const uint8_t *pa
         if (is_wide)
             wide_join(value, step, start, layout, level->limits, m / GROUP, streams, code);
         else
-            unit_plain(value, step, start, layout, level->limits, m / GROUP, streams, code, 1);
+            unit_plain(value, step, start, layout, level->limits, m / GROUP, streams, code,
+                       &orders, 1);
         blocks_write_codes(child_type, m, child, code);
     }
     return streams8_t_finish(streams, CODE_STREAMS);
