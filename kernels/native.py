@@ -135,7 +135,7 @@ class Native:
         rest = np.ascontiguousarray(packed.rest)
         level = _Level(
             tuple(s.digits.__array_interface__["data"][0] for s in streams),
-            tuple(s.count for s in streams),
+            tuple(s.n_residuals for s in streams),
             tuple(len(s.gaps) for s in streams),
             gaps.ctypes.data, values.ctypes.data, rest.ctypes.data,
             tuple(packed.limits.tolist()),

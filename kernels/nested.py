@@ -98,13 +98,13 @@ def decode(
 def _check_streams(child_type: str, level: Level, n_weights: int) -> None:
     """What the compiled code takes for granted."""
     streams, allowed = level.streams, widths(child_type)
-    if len(streams) != n_streams(child_type) or sum(s.count for s in streams) != n_weights:
+    if len(streams) != n_streams(child_type) or sum(s.n_residuals for s in streams) != n_weights:
         raise RefusedError(f"a level's streams do not hold its {n_weights} weights; it is corrupt")
     for s in streams:
-        n_digits = packing_ref.digit_bytes(s.width, s.count)
+        n_digits = packing_ref.digit_bytes(s.width, s.n_residuals)
         if s.width not in allowed or len(s.digits) != n_digits or len(s.gaps) != len(s.values):
             raise RefusedError(
-                f"a stream of {s.count} residuals of {s.width} bits has {len(s.digits)} bytes"
+                f"a stream of {s.n_residuals} residuals of {s.width} bits has {len(s.digits)} bytes"
             )
 
 

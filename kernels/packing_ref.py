@@ -24,17 +24,17 @@ FARTHEST = 0xFFFF  # the largest gap between patches; a patch that changes nothi
 
 
 class Packed(NamedTuple):
-    """A packed stream of ``count`` residuals.
+    """A packed stream of ``n_residuals`` residuals.
 
     Attributes:
         width: 2, 4, 8 or 16 bits per residual.
-        digits: uint8 ``[digit_bytes(width, count)]``.
+        digits: uint8 ``[digit_bytes(width, n_residuals)]``.
         gaps: uint16, residuals between a patch and the one before it.
         values: int16, what the patches put there.
     """
 
     width: int
-    count: int
+    n_residuals: int
     digits: ByteArray
     gaps: U16Array
     values: I16Array
@@ -87,13 +87,13 @@ def unpack(packed: Packed) -> I16Array:
         return np.ascontiguousarray(planes).view("<i2").reshape(-1).astype(np.int16)
     shifts = np.arange(8 // packed.width, dtype=np.uint8)[:, None] * packed.width
     digits = (packed.digits >> shifts) & ((1 << packed.width) - 1)
-    residuals = digits.reshape(-1)[: packed.count].astype(np.int16) + np.int16(
+    residuals = digits.reshape(-1)[: packed.n_residuals].astype(np.int16) + np.int16(
         WINDOWS[packed.width]
     )
     at = np.cumsum(packed.gaps.astype(np.int64) + 1) - 1
-    if len(at) and at[-1] >= packed.count:
+    if len(at) and at[-1] >= packed.n_residuals:
         raise RefusedError(
-            f"a level patches residual {at[-1]} of a stream of {packed.count}; it is corrupt"
+            f"a level patches residual {at[-1]} of a stream of {packed.n_residuals}; it is corrupt"
         )
     residuals[at] = packed.values
     return residuals

@@ -52,7 +52,7 @@ def encode_chunk(parent_type: str, child_type: str, parent: ByteArray, child: By
     frames = [_compress(s.digits) for s in level.streams]
     patches, rest = _compress(_join_patches(level.streams)), _compress(level.rest)
     head = _HEAD.pack(FORMAT, *level.limits.tolist()) + b"".join(
-        _STREAM.pack(s.width, s.count, len(s.gaps), len(frame))
+        _STREAM.pack(s.width, s.n_residuals, len(s.gaps), len(frame))
         for s, frame in zip(level.streams, frames, strict=True)
     )
     return b"".join([head, _TAIL.pack(len(patches), len(rest)), *frames, patches, rest])
@@ -73,7 +73,9 @@ def decode_chunk(
     with memoryview(payload).cast("B") as view:
         header = _read_header(child_type, view, n_weights)
         frames = _frames(header, view)
-        digits = [_decompress(next(frames), digit_bytes(s.width, s.count)) for s in header.streams]
+        digits = [
+            _decompress(next(frames), digit_bytes(s.width, s.n_residuals)) for s in header.streams
+        ]
         patches = _decompress(next(frames), 4 * sum(s.n_patches for s in header.streams))
         rest = _decompress(next(frames), nested.rest_bytes(child_type, n_weights))
     streams = _split_patches(header.streams, digits, patches)
@@ -83,7 +85,7 @@ def decode_chunk(
 
 class _Stream(NamedTuple):
     width: int
-    count: int
+    n_residuals: int
     n_patches: int
     n_bytes: int
 
@@ -109,8 +111,8 @@ def _read_header(child_type: str, view: memoryview, n_weights: int) -> _Header:
     sizes = (*(s.n_bytes for s in streams), *_TAIL.unpack_from(view, end - _TAIL.size))
     widths = nested.widths(child_type)
     if (
-        any(s.width not in widths or s.n_patches > s.count for s in streams)
-        or sum(s.count for s in streams) != n_weights
+        any(s.width not in widths or s.n_patches > s.n_residuals for s in streams)
+        or sum(s.n_residuals for s in streams) != n_weights
         or end + sum(sizes) != len(view)
     ):
         raise RefusedError(
@@ -141,7 +143,7 @@ def _split_patches(
 ) -> list[Packed]:
     if not len(patches):  # often so; this saves a tenth of a small chunk's time
         return [
-            Packed(s.width, s.count, data, _NO_GAPS, _NO_VALUES)
+            Packed(s.width, s.n_residuals, data, _NO_GAPS, _NO_VALUES)
             for s, data in zip(streams, digits, strict=True)
         ]
     planes = patches.reshape(2, 2, -1).transpose(0, 2, 1).copy()
@@ -149,7 +151,7 @@ def _split_patches(
     packed, start = [], 0
     for s, data in zip(streams, digits, strict=True):
         part = slice(start, start + s.n_patches)
-        packed.append(Packed(s.width, s.count, data, gaps[part], values[part]))
+        packed.append(Packed(s.width, s.n_residuals, data, gaps[part], values[part]))
         start += s.n_patches
     return packed
 

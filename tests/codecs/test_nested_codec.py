@@ -157,7 +157,7 @@ def test_the_format_does_not_drift(code):
     by_hand = [3 * i - 40 - 16 * (q - 8) for i, q in enumerate(nibbles)]
     wrapped = [(r + 128) % 256 - 128 for r in by_hand]
     assert packing_ref.unpack(level.streams[0]).tolist() == wrapped
-    assert not any(s.count for s in level.streams[1:])
+    assert not any(s.n_residuals for s in level.streams[1:])
     assert level.limits.tolist() == [0x41800000] * 3  # 16.0: the parent's step in child steps
     assert level.rest.tolist() == [0x00, 0x18]
 
