@@ -10,7 +10,7 @@ import struct
 
 from edgekit.errors import RefusedError
 
-CHUNK_WEIGHTS = 1 << 18  # 1 MiB of float32: a chunk and its copies stay in the second-level cache
+CHUNK_WEIGHTS = 1 << 20  # 4 MiB of float32; calls cost 0.1 ms each, four times as much at 1 << 18
 _LENGTH = struct.Struct("<I")
 
 
