@@ -13,6 +13,7 @@ from edgekit.planner import Depths, fill, resident_bytes, tier_at, uniform
 from edgekit.sizes import format_size
 
 KV_TYPES = {"f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}  # option -> ggml type of the cache
+LEAST_KL = 1e-9  # where a measured KL is 0, so that its logarithm is a number
 DEFAULT_CONTEXT = 4096  # tokens, or the model's own context when that is shorter
 MAX_LAYERS, MAX_COUNT = 1 << 12, 1 << 31  # of a model's facts; no allocation follows from more
 DEFAULT_BATCH = 512  # tokens computed at once; llama.cpp's own default
@@ -259,7 +260,7 @@ def expected_kl(quality: Sequence[Json], weights_bytes: int) -> float | None:
 
     Below the first and above the last measured size the nearest value is given.
     """
-    points = sorted((row["weights_bytes"], max(row["kl_mean"], 1e-9)) for row in quality)
+    points = sorted((row["weights_bytes"], row["kl_mean"]) for row in quality)
     if not points:
         return None
     before = [p for p in points if p[0] <= weights_bytes] or points[:1]
@@ -268,7 +269,8 @@ def expected_kl(quality: Sequence[Json], weights_bytes: int) -> float | None:
     if x1 <= x0:
         return float(y0 if x0 <= weights_bytes else y1)
     share = (weights_bytes - x0) / (x1 - x0)
-    return math.exp((1 - share) * math.log(y0) + share * math.log(y1))
+    logs = (math.log(max(y, LEAST_KL)) for y in (y0, y1))
+    return math.exp(sum(log * part for log, part in zip(logs, (1 - share, share), strict=True)))
 
 
 def plan_json(artifact: Artifact, plan: Plan) -> Json:

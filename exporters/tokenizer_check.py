@@ -19,6 +19,7 @@ from edgekit.exporters.normalizers import TextNormalizer
 from edgekit.exporters.stress import pieces_for
 from edgekit.exporters.tokenizer import vocabulary_of
 from edgekit.exporters.tokenizer_files import load_tokenizer, read_tokenizer_files
+from edgekit.kernels.openmp import limit_spinning
 
 MAX_DIFFERENT = 0.25  # share of stress pieces; with more a known difference explains nothing
 
@@ -182,6 +183,7 @@ def llama_encoder(gguf_path: Path, parse_special: bool = True) -> Iterator[Encod
     Raises:
         RefusedError: llama.cpp does not load the vocabulary.
     """
+    limit_spinning()
     from llama_cpp import llama_cpp as lib
 
     lines: list[str] = []

@@ -207,8 +207,8 @@ ROWS = tuple({"weights_bytes": n, "kl_mean": kl} for n, kl in ((100, 0.1), (200,
         (150, math.sqrt(0.1 * 0.01)),  # half way in the logarithm
         (125, 0.1**0.75 * 0.01**0.25),
         (50, 0.1),
-        (400, 1e-9),
-        (900, 1e-9),
+        (400, 0.0),
+        (900, 0.0),
     ],
 )
 def test_kl_is_interpolated_in_its_logarithm(weights_bytes: int, kl: float) -> None:

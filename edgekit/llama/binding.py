@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import os
 import re
 from collections import deque
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from edgekit.errors import EdgekitError
+from edgekit.kernels.openmp import limit_spinning
 
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
 _FUNCTION = re.compile(r"^\w+: (error loading model: )?")
@@ -49,10 +49,6 @@ class Log:
 
 LOG = Log()
 
-# Rounds that a thread of llama.cpp waits awake for the others, some 50 ns each, before it sleeps.
-# OpenMP's 300,000 make two threads on a busy machine far slower than one (docs/lab-notes.md).
-SPIN_COUNT = "300"
-
 
 @functools.cache
 def binding() -> Any:
@@ -61,7 +57,7 @@ def binding() -> Any:
     Raises:
         EdgekitError: It is not installed or does not load on this machine.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when llama.cpp's OpenMP loads
+    limit_spinning()
     try:
         from llama_cpp import llama_cpp as lib
     except (ImportError, OSError, RuntimeError) as error:
