@@ -22,6 +22,7 @@ from edgekit.manifest_reader import loads
 from edgekit.stack import Level, Part, Stack
 
 MAX_MANIFEST_BYTES = 1 << 30
+HASH_BYTES = 1 << 24  # of a part in memory while its hash is taken
 
 
 def open_artifact(folder: Path) -> "Artifact":
@@ -109,7 +110,12 @@ class Artifact:
             part.offset : part.end
         ]
         if part not in self._checked:
-            if hashlib.sha256(view).hexdigest() != part.sha256:
+            digest = hashlib.sha256()
+            for start in range(0, len(view), HASH_BYTES):
+                digest.update(view[start : start + HASH_BYTES])
+                if len(view) > HASH_BYTES:
+                    self.release()
+            if digest.hexdigest() != part.sha256:
                 raise RefusedError(
                     f"level {level.tier} of {level.tensor} in {self._record(level).name} is "
                     "corrupt: its sha256 differs from the manifest's; get the artifact again"

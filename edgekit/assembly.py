@@ -28,7 +28,7 @@ from edgekit.stack import Level, Stack
 
 ByteArray = npt.NDArray[np.uint8]
 _NOTHING = memoryview(b"")
-RELEASE_EVERY = 64  # pieces after which the artifact's pages are handed back
+RELEASE_EVERY = 16  # pieces after which the artifact's pages are handed back, some 20 MiB
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Assembly:
         self._pieces = list(self._lay_out())
         self._offsets = [piece.offset for piece in self._pieces]
         self.size = self._pieces[-1].offset + self._pieces[-1].n_bytes
+        self._n_done = 0  # pieces, over all streams
         self._position, self._stream, self._rest = 0, self.stream(), _NOTHING
 
     def read(self, offset: int, n_bytes: int) -> bytes:
@@ -87,13 +88,12 @@ class Assembly:
             todo = iter(self._pieces[first:])
             ahead: deque[Future[memoryview]] = deque()
             ahead.extend(pool.submit(p.make) for p in islice(todo, 2 * self._n_threads))
-            n_done = 0
             while ahead:
                 block = ahead.popleft().result()
                 ahead.extend(pool.submit(p.make) for p in islice(todo, 1))
                 yield block[skip:]
-                skip, n_done = 0, n_done + 1
-                if n_done % RELEASE_EVERY == 0:
+                skip, self._n_done = 0, self._n_done + 1
+                if self._n_done % RELEASE_EVERY == 0:
                     self._artifact.release()
 
     def _lay_out(self) -> Iterator[Piece]:

@@ -2,14 +2,18 @@
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from edgekit.artifact import Artifact
 from edgekit.assembly import Assembly
 from edgekit.disk import disk_full_reported, require_free
 from edgekit.errors import UsageError
 from edgekit.planner import Depths
+
+SYNC_BYTES = 1 << 26  # handed to the disk at once, so that little is left to wait for at the end
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,27 @@ def materialize(
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
         with disk_full_reported(f"writing {output}", "make room and repeat"):
             with os.fdopen(os.open(partial, flags, 0o644), "wb") as file:
-                assembly.write_to(file)
-                file.flush()
-                os.fsync(file.fileno())
+                _write_synced(assembly, file)
             partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
     seconds = round(time.monotonic() - started, 3)
     return Materialized(str(output), assembly.size, seconds, _tensors(artifact, depths))
+
+
+def _write_synced(assembly: Assembly, file: BinaryIO) -> None:
+    """Write the whole file; the disk takes what is written while the next chunks are decoded."""
+    unsynced = 0
+    with ThreadPoolExecutor(1) as background:
+        for block in assembly.stream():
+            file.write(block)
+            unsynced += len(block)
+            if unsynced >= SYNC_BYTES:
+                file.flush()
+                background.submit(os.fsync, file.fileno())
+                unsynced = 0
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def preview(artifact: Artifact, depths: Depths, output: Path) -> Materialized:

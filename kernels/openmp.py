@@ -7,7 +7,7 @@ awake keeps the one it waits for from running: see docs/lab-notes.md.
 import os
 
 # Rounds of some 50 ns awake before a thread sleeps; OpenMP's own default is 300,000.
-SPIN_COUNT = "300"
+SPIN_COUNT = "1000"
 
 
 def limit_spinning() -> None:
