@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -74,11 +73,6 @@ class Assembly:
         data = b"".join(got)
         self._position = offset + len(data)
         return data
-
-    def write_to(self, file: BinaryIO) -> None:
-        """Write the whole file."""
-        for block in self.stream():
-            file.write(block)
 
     def stream(self, offset: int = 0) -> Iterator[memoryview]:
         """The bytes from ``offset`` to the end, decoded a few chunks ahead on the threads."""

@@ -2,7 +2,7 @@
 
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -60,15 +60,17 @@ def materialize(
 
 def _write_synced(assembly: Assembly, file: BinaryIO) -> None:
     """Write the whole file; the disk takes what is written while the next chunks are decoded."""
-    unsynced = 0
+    unsynced, syncs = 0, list[Future[None]]()
     with ThreadPoolExecutor(1) as background:
         for block in assembly.stream():
             file.write(block)
             unsynced += len(block)
             if unsynced >= SYNC_BYTES:
                 file.flush()
-                background.submit(os.fsync, file.fileno())
+                syncs.append(background.submit(os.fsync, file.fileno()))
                 unsynced = 0
+    for sync in syncs:  # the kernel tells of a failed write once, to the sync that met it
+        sync.result()
     file.flush()
     os.fsync(file.fileno())
 
