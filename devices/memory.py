@@ -1,10 +1,11 @@
-"""How much memory is free: the system's available memory or the room in a control group.
+"""How much memory is free: what the system has available, the room in a control group or rlimit.
 
-Whichever is less counts.
-Swap never counts. Linux limits of control groups v1 and v2 hold for nested groups: every level up
-to the root is asked.
+Whichever is least counts. Swap never counts. Linux limits of control groups v1 and v2 hold for
+nested groups: every level up to the root is asked. psutil knows what is available on macOS and
+Windows.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import psutil
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 NO_LIMIT = 1 << 60  # bytes; v1 writes its "no limit" as a number near 2**63
+# left alone by an automatic budget for programs that start while the model runs; at most a quarter
+AUTO_MARGIN_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,29 @@ class FreeMemory:
     source: str
 
 
+def auto_budget() -> FreeMemory:
+    """What this process may take now: what it holds and what is free, less a margin."""
+    free = free_memory()
+    most = free.n_bytes + held_bytes()
+    return FreeMemory(most - auto_margin(most), f"{free.source} less a margin")
+
+
+def auto_margin(available: int) -> int:
+    """Bytes of ``available`` that are left to other programs."""
+    return min(AUTO_MARGIN_BYTES, available // 4)
+
+
+def held_bytes() -> int:
+    """Bytes this process holds resident."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def free_memory(
     root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")
 ) -> FreeMemory:
-    """The least of available memory and the room in every control group of this process."""
+    """The least of available memory, the room in every control group, and the rlimits."""
     candidates = [FreeMemory(psutil.virtual_memory().available, "available memory")]
-    candidates += _groups(root, membership)
+    candidates += [*_groups(root, membership), *_rlimits()]
     return min(candidates, key=lambda free: free.n_bytes)
 
 
@@ -56,6 +76,20 @@ def _walk(
             yield FreeMemory(max(0, room), f"control group {folder}")
         if folder == mount:
             return
+
+
+def _rlimits() -> Iterator[FreeMemory]:
+    """Room under ``ulimit -v`` and ``ulimit -d``, which make allocations fail."""
+    if os.name != "posix":
+        return
+    import resource
+
+    memory = psutil.Process().memory_info()
+    uses = {"RLIMIT_AS": memory.vms, "RLIMIT_DATA": getattr(memory, "data", 0)}
+    for name, use in uses.items():
+        limit, _ = resource.getrlimit(getattr(resource, name))
+        if 0 <= limit < NO_LIMIT:
+            yield FreeMemory(max(0, limit - use), name)
 
 
 def _number(path: Path) -> int | None:

@@ -19,19 +19,46 @@ from edgekit.errors import RefusedError, UsageError
 from edgekit.exporters.gguf import Gguf, read_header, tensor_offsets
 from edgekit.manifest import ALIGNMENT, MANIFEST_NAME, FileRecord, Manifest, Order
 from edgekit.manifest_reader import loads
+from edgekit.receipts import Receipt
 from edgekit.stack import Level, Part, Stack
 
 MAX_MANIFEST_BYTES = 1 << 30
 HASH_BYTES = 1 << 24  # of a part in memory while its hash is taken
 
 
-def open_artifact(folder: Path) -> "Artifact":
+def open_artifact(folder: Path, *, remember: bool = False) -> "Artifact":
     """Open the artifact in ``folder``: read the manifest, check the base's header, map the files.
+
+    Args:
+        folder: Where ``edgekit.json`` is.
+        remember: Do not hash again what was found sound before (`edgekit.receipts`), and keep
+            what is found sound now.
 
     Raises:
         UsageError: The folder holds no artifact.
         RefusedError: A file is missing, cut or corrupt.
     """
+    return Artifact(folder, _manifest(folder), remember)
+
+
+def open_catalog(folder: Path) -> "Catalog":
+    """Read the manifest in ``folder`` only: what a plan needs, without a weight on disk.
+
+    Where the base is on disk, levels that are not count as missing; where it is not, nothing was
+    downloaded yet, and all levels count.
+
+    Raises:
+        UsageError: The folder holds no artifact.
+        RefusedError: The manifest is corrupt.
+    """
+    manifest = _manifest(folder)
+    base, levels = (folder / record.name for record in (manifest.base, manifest.levels))
+    if not base.is_file() and not levels.is_file():
+        return Catalog(folder, manifest, manifest.levels.n_bytes)
+    return Catalog(folder, manifest, levels.stat().st_size if levels.is_file() else 0)
+
+
+def _manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise UsageError(
@@ -39,29 +66,61 @@ def open_artifact(folder: Path) -> "Artifact":
         )
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise RefusedError(f"{path} has {path.stat().st_size} bytes, more than any manifest")
-    return Artifact(folder, loads(path.read_bytes()))
+    return loads(path.read_bytes())
 
 
-class Artifact:
-    """Files of one artifact, mapped read-only; a context manager.
+class Catalog:
+    """What an artifact offers, by its manifest.
 
     Attributes:
         folder: Where it lies.
         manifest: What ``edgekit.json`` says.
-        stacks: The tensors with the levels that are whole on this disk.
+        stacks: The tensors with the levels that are whole within ``levels_bytes``.
+        levels_bytes: Bytes of ``.levels`` that are here, perhaps fewer than were written.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, levels_bytes: int) -> None:
+        """Take a manifest that has been checked."""
+        self.folder, self.manifest, self.levels_bytes = folder, manifest, levels_bytes
+        self.stacks = tuple(_whole(stack, levels_bytes) for stack in manifest.stacks)
+        self._by_name = {stack.name: stack for stack in self.stacks}
+
+    def stack(self, name: str) -> Stack:
+        """The stack of tensor ``name``, with the levels that are here."""
+        return self._by_name[name]
+
+    def order(self, which: Order) -> Order:
+        """A load order of the manifest without the levels that are not here."""
+        here = {(level.tensor, level.tier) for stack in self.stacks for level in stack.levels}
+        return tuple(key for key in which if key in here)
+
+
+def _whole(stack: Stack, levels_bytes: int) -> Stack:
+    depth = 1
+    while depth < len(stack.levels) and stack.levels[depth].end <= levels_bytes:
+        depth += 1
+    return replace(stack, levels=stack.levels[:depth])
+
+
+class Artifact(Catalog):
+    """Files of one artifact, mapped read-only; a context manager.
+
+    Attributes:
         header: The base's GGUF header.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, remember: bool = False) -> None:
         """Map the files; ``manifest`` has been checked."""
-        self.folder = folder
-        self.manifest = manifest
-        self._checked: set[Part] = set()
+        self._checked: dict[str, set[Part]] = {}  # by file
+        self._receipts: dict[str, Receipt] = {}
         self._base: mmap.mmap | bytes = _map(folder, manifest.base.name)
         self._levels: mmap.mmap | bytes = _map(folder, manifest.levels.name)
+        super().__init__(folder, manifest, len(self._levels))
         self.header = self._check_base()
-        self.stacks = tuple(self._whole(stack) for stack in manifest.stacks)
-        self._by_name = {stack.name: stack for stack in self.stacks}
+        for record, data in self.files:
+            self._checked[record.name] = set()
+            if remember and data:
+                self._receipts[record.name] = Receipt(folder / record.name, record.sha256)
 
     def __enter__(self) -> "Artifact":
         """Use as a context manager."""
@@ -78,26 +137,15 @@ class Artifact:
 
     def close(self) -> None:
         """Let the mappings go; they end when the last view handed out does."""
+        for name, receipt in self._receipts.items():
+            receipt.keep(self._checked[name])
+        self._receipts = {}
         self._base = self._levels = b""
-
-    @property
-    def levels_bytes(self) -> int:
-        """Bytes of ``.levels`` that are here, perhaps fewer than were written."""
-        return len(self._levels)
 
     @property
     def files(self) -> tuple[tuple[FileRecord, mmap.mmap | bytes], ...]:
         """Base and ``.levels``: what the manifest says of them, and the bytes that are here."""
         return (self.manifest.base, self._base), (self.manifest.levels, self._levels)
-
-    def stack(self, name: str) -> Stack:
-        """The stack of tensor ``name``, with the levels that are here."""
-        return self._by_name[name]
-
-    def order(self, which: Order) -> Order:
-        """A load order of the manifest without the levels that are not here."""
-        here = {(level.tensor, level.tier) for stack in self.stacks for level in stack.levels}
-        return tuple(key for key in which if key in here)
 
     def part(self, level: Level, expert: int = 0) -> memoryview:
         """The bytes of one part of a level, their hash checked at the first use.
@@ -105,23 +153,29 @@ class Artifact:
         Raises:
             RefusedError: The bytes do not have the hash that the manifest gives.
         """
-        part = level.parts[expert]
+        part, record = level.parts[expert], self._record(level)
         view = memoryview(self._base if level.parent is None else self._levels)[
             part.offset : part.end
         ]
-        if part not in self._checked:
-            digest = hashlib.sha256()
-            for start in range(0, len(view), HASH_BYTES):
-                digest.update(view[start : start + HASH_BYTES])
-                if len(view) > HASH_BYTES:
-                    self.release()
-            if digest.hexdigest() != part.sha256:
-                raise RefusedError(
-                    f"level {level.tier} of {level.tensor} in {self._record(level).name} is "
-                    "corrupt: its sha256 differs from the manifest's; get the artifact again"
-                )
-            self._checked.add(part)
+        if part not in self._checked[record.name] and not self._was_checked(record, part):
+            self._check(part, view, f"level {level.tier} of {level.tensor} in {record.name}")
+            self._checked[record.name].add(part)
         return view
+
+    def _was_checked(self, record: FileRecord, part: Part) -> bool:
+        receipt = self._receipts.get(record.name)
+        return receipt is not None and receipt.covers(part)
+
+    def _check(self, part: Part, view: memoryview, name: str) -> None:
+        digest = hashlib.sha256()
+        for start in range(0, len(view), HASH_BYTES):
+            digest.update(view[start : start + HASH_BYTES])
+            if len(view) > HASH_BYTES:
+                self.release()
+        if digest.hexdigest() != part.sha256:
+            raise RefusedError(
+                f"{name} is corrupt: its sha256 differs from the manifest's; get the artifact again"
+            )
 
     def release(self) -> None:
         """Let the kernel drop the files' pages from this process."""
@@ -131,12 +185,6 @@ class Artifact:
 
     def _record(self, level: Level) -> FileRecord:
         return self.manifest.base if level.parent is None else self.manifest.levels
-
-    def _whole(self, stack: Stack) -> Stack:
-        depth = 1
-        while depth < len(stack.levels) and stack.levels[depth].end <= len(self._levels):
-            depth += 1
-        return replace(stack, levels=stack.levels[:depth])
 
     def _check_base(self) -> Gguf:
         """The base has the size, header and tensors that the manifest tells."""

@@ -35,6 +35,7 @@ from edgekit.planner import resident_bytes
 from edgekit.progress import Progress
 from edgekit.provenance import artifact_name, source_files, statistics_json, tool_versions
 from edgekit.publish import Encoded, move_into_place, publish, write_manifest
+from edgekit.reserve import measure_memory
 from edgekit.spool import Spool, write_atomically
 from edgekit.stack import Level, Part, Stack
 
@@ -222,6 +223,8 @@ class _Conversion:
         staged.mkdir()
         self.progress.start("write", 1)
         manifest = publish(self.spool, staged, tensors, self.metadata, facts)
+        write_manifest(staged, manifest)
+        manifest = replace(manifest, memory=measure_memory(staged, self.progress))
         write_manifest(staged, manifest)
         self.progress.advance(1)
         if self.options.measure:

@@ -49,6 +49,8 @@ class Manifest:
         quality: Measured rows ``{weights_bytes, bits_per_weight, kl_mean, ...}``, fewest bytes
             first.
         experts: Routing metadata of mixture-of-experts models, else empty.
+        memory: What llama.cpp reserves besides weights: ``model_bytes`` for vocabulary and graph,
+            ``compute`` as rows ``{kv_type, batch, contexts, bytes}``; empty when not measured.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Manifest:
     statistics: Json = field(default_factory=dict)
     quality: tuple[Json, ...] = ()
     experts: Json = field(default_factory=dict)
+    memory: Json = field(default_factory=dict)
 
     @property
     def n_parameters(self) -> int:
@@ -128,6 +131,7 @@ def _to_json(m: Manifest) -> Json:
         "statistics": m.statistics,
         "quality": list(m.quality),
         "experts": m.experts,
+        "memory": m.memory,
         "base": _file_json(m.base)
         | {"header_bytes": m.header_bytes, "header_sha256": m.header_sha256},
         "levels_file": _file_json(m.levels),

@@ -93,6 +93,7 @@ def _from_json(body: Json) -> Manifest:
         statistics=_get(body, "statistics", dict),
         quality=tuple(_quality(row) for row in _rows(body, "quality")),
         experts=_get(body, "experts", dict),
+        memory=_memory(_get({"memory": {}} | body, "memory", dict)),
     )
     _check(manifest)
     return manifest
@@ -179,6 +180,23 @@ def _quality(row: Json) -> Json:
     for key in QUALITY_FIELDS:
         _number(row, key)
     return row
+
+
+def _memory(memory: Json) -> Json:
+    """What was measured of memory; rows are lines through at least two points."""
+    if not memory:
+        return memory
+    _count(memory, "model_bytes")
+    for row in _rows(memory, "compute"):
+        _get(row, "kv_type", str)
+        _count(row, "batch", least=1)
+        contexts, sizes = (_get(row, key, list) for key in ("contexts", "bytes"))
+        counts = [*contexts, *sizes]
+        if not all(type(n) is int and 0 < n < 1 << 62 for n in counts):
+            raise RefusedError(f"{MANIFEST_NAME}: measured memory is no list of sizes")
+        if len(contexts) != len(sizes) or len(contexts) < 2 or sorted(set(contexts)) != contexts:
+            raise RefusedError(f"{MANIFEST_NAME}: measured memory has no increasing contexts")
+    return memory
 
 
 def _parts(row: Json) -> tuple[Part, ...]:

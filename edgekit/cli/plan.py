@@ -30,16 +30,16 @@ def plan(
     \b
         edgekit plan llama-edge --budget 1.2GiB --context 2048
     """
-    from edgekit.artifact import open_artifact
-    from edgekit.loader import auto_budget
+    from edgekit.artifact import open_catalog
+    from edgekit.devices.memory import auto_budget
     from edgekit.plan import plan_budget, plan_json
 
-    with open_artifact(artifact) as opened:
-        if budget is None:
-            found = auto_budget()
-            budget = found.n_bytes
-            note(f"budget {format_size(budget)}: {found.source}")
-        body = plan_json(opened, plan_budget(opened, budget, context, kv_type))
+    catalog = open_catalog(artifact)
+    if budget is None:
+        found = auto_budget()
+        budget = found.n_bytes
+        note(f"budget {format_size(budget)}: {found.source}")
+    body = plan_json(catalog, plan_budget(catalog, budget, context, kv_type))
     if as_json:
         print_json(body)
         return

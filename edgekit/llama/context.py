@@ -4,6 +4,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -226,6 +227,29 @@ class Context:
             self.clear()
             raise EdgekitError(f"llama.cpp cannot restore the state: {LOG.reason()}")
         self.tokens[:] = state.tokens
+
+    def save_file(self, path: Path) -> None:
+        """Write the conversation to a file, without a copy in memory; tokens and KV cache.
+
+        Raises:
+            EdgekitError: The file cannot be written whole.
+        """
+        LOG.clear()
+        ids = (ctypes.c_int32 * len(self.tokens))(*self.tokens)
+        saved = binding().llama_state_save_file(self.handle, os.fsencode(path), ids, len(ids))
+        if not saved:
+            raise EdgekitError(f"llama.cpp cannot save the state: {LOG.reason()}")
+
+    def restore_file(self, path: Path) -> None:
+        """Go on from `save_file`; as `restore`."""
+        LOG.clear()
+        ids, n = (ctypes.c_int32 * self.n_ctx)(), ctypes.c_size_t()
+        if not binding().llama_state_load_file(
+            self.handle, os.fsencode(path), ids, len(ids), ctypes.byref(n)
+        ):
+            self.clear()
+            raise EdgekitError(f"llama.cpp cannot restore the state: {LOG.reason()}")
+        self.tokens[:] = ids[: n.value]
 
 
 def default_threads() -> int:

@@ -1,0 +1,130 @@
+"""The cache: materialized models that are mapped again, and what was verified.
+
+It lies in ``$EDGEKIT_CACHE``, else where the system keeps caches, and may be deleted at any time.
+Models take at most `limit_bytes`; the one used longest ago goes first. A file appears under its
+name only when it is whole, named after the hashes of the artifact's files and the tier of every
+tensor. A *stamp* beside it tells inode, size and times of the file as it was written: one that was
+touched since is thrown away and made anew. What a killed process left is swept away.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from edgekit.errors import EdgekitError
+from edgekit.sizes import parse_size
+from edgekit.spool import write_atomically
+
+DEFAULT_LIMIT = 20 << 30  # bytes of models
+SPARE_SHARE = 0.1  # of a disk, which the cache leaves free
+MODELS = "models"
+
+
+def cache_folder() -> Path:
+    """Where the cache is; nothing is created."""
+    chosen = os.environ.get("EDGEKIT_CACHE")
+    if chosen:
+        return Path(chosen)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "edgekit"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "edgekit" / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekit"
+
+
+def limit_bytes() -> int:
+    """What materialized models may take: ``$EDGEKIT_CACHE_LIMIT``, else 20 GiB."""
+    return parse_size(os.environ.get("EDGEKIT_CACHE_LIMIT") or str(DEFAULT_LIMIT))
+
+
+def model_path(hashes: Sequence[str], tiers: Mapping[str, str]) -> Path:
+    """The place of the model with these tiers of the artifact whose files have these hashes."""
+    key = json.dumps([*hashes, sorted(tiers.items())])
+    return cache_folder() / MODELS / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.gguf"
+
+
+def has_model(path: Path) -> bool:
+    """Whether the model at ``path`` is there and as it was written; another one is removed."""
+    try:
+        is_sound = json.loads(_stamp(path).read_bytes()) == identity(path)
+    except (OSError, ValueError):
+        is_sound = False
+    if is_sound:
+        with contextlib.suppress(OSError):
+            os.utime(_stamp(path))  # used now
+    else:
+        _drop(path)
+    return is_sound
+
+
+def stamp(path: Path) -> None:
+    """Vouch for the model at ``path``, which was just written."""
+    write_atomically(_stamp(path), json.dumps(identity(path)).encode())
+
+
+def identity(file: Path) -> list[int]:
+    """What changes when a file is replaced or written to: device, inode, size, times."""
+    stat = file.stat()
+    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _stamp(path: Path) -> Path:
+    return path.with_suffix(".stamp")
+
+
+def _drop(path: Path) -> None:
+    for name in (_stamp(path), path):
+        with contextlib.suppress(OSError):
+            name.unlink()
+
+
+def has_room(n_bytes: int) -> bool:
+    """Whether a model of ``n_bytes`` may be kept: within the limit and leaving the disk a tenth."""
+    place = cache_folder().absolute()
+    while not place.exists():
+        place = place.parent
+    disk = shutil.disk_usage(place)
+    return n_bytes <= limit_bytes() and disk.free - n_bytes >= SPARE_SHARE * disk.total
+
+
+def make_room(n_bytes: int) -> None:
+    """Prepare the folder of models for one more of ``n_bytes``: sweep it, drop the oldest.
+
+    Raises:
+        EdgekitError: The folder cannot be made or written.
+    """
+    folder = cache_folder() / MODELS
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _sweep(folder)
+        kept = sorted(folder.glob("*.gguf"), key=_last_use)
+        total = sum(path.stat().st_size for path in kept)
+        while kept and total + n_bytes > limit_bytes():
+            total -= kept[0].stat().st_size
+            _drop(kept.pop(0))
+    except OSError as error:
+        raise EdgekitError(
+            f"the cache {folder} cannot be used ({error.strerror}); set EDGEKIT_CACHE to another "
+            "folder, or load with --residency anon"
+        ) from error
+
+
+def _last_use(path: Path) -> float:
+    return _stamp(path).stat().st_mtime if _stamp(path).exists() else 0.0
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that are gone left half written."""
+    for path in folder.glob("*.partial-*"):
+        pid = path.name.rpartition("-")[2]
+        is_old = time.time() - path.stat().st_mtime > 24 * 3600  # ids of processes are used again
+        if is_old or not pid.isdigit() or not psutil.pid_exists(int(pid)):
+            path.unlink(missing_ok=True)
