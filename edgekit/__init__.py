@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edgekit.loader import Session
+    from edgekit.session import Session
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]

@@ -23,10 +23,13 @@ BATCHES = (512, 256, 128, 64, 32)  # tokens computed at once; 512 is llama.cpp's
 CELLS = 256  # llama.cpp pads caches to a multiple of that
 MAX_LAYERS, MAX_COUNT = 1 << 12, 1 << 31  # of a model's facts; no allocation follows from more
 # Resident without a model, measured on x86-64 Linux: Python, numpy, the command line, llama.cpp
-PROCESS_BYTES = 60 << 20
+PROCESS_BYTES = 56 << 20
 # Chunks being decoded while a model loads, and pages of the artifact not yet handed back
-LOADING_BYTES = 24 << 20
-VOCABULARY_BYTES = 400  # per token, in llama.cpp and in the header; where nothing was measured
+LOADING_BYTES = 14 << 20
+# llama.cpp's graph and tables of a model, and the vocabulary there and in Python: what four models
+# with 4 k to 128 k tokens took, 11 to 15 bytes per byte of the GGUF's header
+MODEL_BYTES = 10 << 20
+BYTES_PER_HEADER_BYTE = 14
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Shape:
         vocab: Rows of the output head.
         window: Tokens that windowed layers attend to; 0 where the model has none.
         windowed: Whether each layer attends in a window, ``[layers]``.
+        header_bytes: Of the GGUF's header, nearly all of it vocabulary.
         measured: What llama.cpp reserved at conversion: the manifest's ``memory``.
     """
 
@@ -67,11 +71,17 @@ class Shape:
     vocab: int
     window: int
     windowed: tuple[bool, ...]
+    header_bytes: int
     measured: Json
 
 
-def shape_of(architecture: str, model: Mapping[str, Any], measured: Json | None = None) -> Shape:
-    """Read a `Shape` from the manifest's ``model`` and ``memory``.
+def shape_of(
+    architecture: str,
+    model: Mapping[str, Any],
+    header_bytes: int = 0,
+    measured: Json | None = None,
+) -> Shape:
+    """Read a `Shape` from the manifest's ``model``, ``header_bytes`` and ``memory``.
 
     Raises:
         RefusedError: A field is missing or no number.
@@ -100,6 +110,7 @@ def shape_of(architecture: str, model: Mapping[str, Any], measured: Json | None 
         vocab=_count("vocab_size", model.get("vocab_size"), MAX_COUNT),
         window=count("attention.sliding_window") if any(windowed) else 0,
         windowed=windowed,
+        header_bytes=header_bytes,
         measured=measured or {},
     )
 
@@ -151,10 +162,10 @@ def memory_of(
     """
     kv = kv_bytes(shape, context, kv_type, batch)
     compute = compute_bytes(shape, context, kv_type, batch)
-    vocabulary = shape.measured.get("model_bytes", VOCABULARY_BYTES * shape.vocab)
     process = PROCESS_BYTES if held is None else held
+    model = MODEL_BYTES + BYTES_PER_HEADER_BYTE * shape.header_bytes
     loading = max(0, LOADING_BYTES - kv - compute)  # it is over before those are allocated
-    return Memory(kv, compute, process + vocabulary + loading)
+    return Memory(kv, compute, process + model + loading)
 
 
 def kv_bytes(shape: Shape, context: int, kv_type: str, batch: int = BATCHES[0]) -> int:

@@ -49,8 +49,8 @@ class Manifest:
         quality: Measured rows ``{weights_bytes, bits_per_weight, kl_mean, ...}``, fewest bytes
             first.
         experts: Routing metadata of mixture-of-experts models, else empty.
-        memory: What llama.cpp reserves besides weights: ``model_bytes`` for vocabulary and graph,
-            ``compute`` as rows ``{kv_type, batch, contexts, bytes}``; empty when not measured.
+        memory: What llama.cpp reserves for computing, ``compute`` as rows ``{kv_type, batch,
+            contexts, bytes}``; empty when not measured.
     """
 
     name: str

@@ -81,7 +81,7 @@ def _from_json(body: Json) -> Manifest:
         tiers=tuple(_strings(_get(body, "tiers", list), "tiers")),
         chunk_weights=_count(body, "chunk_weights", least=1, most=MAX_CHUNK_WEIGHTS),
         base=_file(base),
-        header_bytes=_count(base, "header_bytes"),
+        header_bytes=_count(base, "header_bytes", least=1, most=_count(base, "bytes")),
         header_sha256=_hash(_get(base, "header_sha256", str)),
         levels=_file(_get(body, "levels_file", dict)),
         stacks=tuple(_stacks(_rows(body, "tensors"), rows)),
@@ -186,7 +186,6 @@ def _memory(memory: Json) -> Json:
     """What was measured of memory; rows are lines through at least two points."""
     if not memory:
         return memory
-    _count(memory, "model_bytes")
     for row in _rows(memory, "compute"):
         _get(row, "kv_type", str)
         _count(row, "batch", least=1)

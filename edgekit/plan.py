@@ -1,8 +1,8 @@
 """A plan: budget and context in, the depth of every tensor out, with every byte accounted for."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from edgekit.artifact import Catalog
 from edgekit.errors import DoesNotFitError, UsageError
@@ -31,6 +31,7 @@ class Plan:
         bits_per_weight: Of the weights in memory.
         expected_kl: Mean KL divergence to the source, interpolated from what ``convert`` measured;
             ``None`` where it measured nothing.
+        held_bytes: What the process held before; ``None`` where a usual one was assumed.
     """
 
     budget_bytes: int | None
@@ -41,6 +42,7 @@ class Plan:
     depths: Depths
     bits_per_weight: float
     expected_kl: float | None
+    held_bytes: int | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -51,7 +53,8 @@ class Plan:
 def shape_in(catalog: Catalog) -> Shape:
     """The facts of the artifact's model that memory follows from."""
     manifest = catalog.manifest
-    return shape_of(manifest.architecture, manifest.model, manifest.memory)
+    facts = manifest.header_bytes, manifest.memory
+    return shape_of(manifest.architecture, manifest.model, *facts)
 
 
 def plan_budget(
@@ -81,10 +84,12 @@ def plan_budget(
         if lowest + memory.total <= budget_bytes:
             break
     else:
-        raise DoesNotFitError(_too_small(shape, lowest, memory, budget_bytes, n_tokens, kv_type))
+        needs = {n: memory_of(shape, n, kv_type, batch, held).total for n in _shorter(n_tokens)}
+        raise DoesNotFitError(_too_small(lowest, memory, budget_bytes, n_tokens, needs))
     order = catalog.order(catalog.manifest.resident_order)
     depths = fill(catalog.stacks, order, budget_bytes - memory.total)
-    return _plan(catalog, depths, memory, budget_bytes, n_tokens, batch, kv_type)
+    plan = _plan(catalog, depths, memory, budget_bytes, n_tokens, batch, kv_type)
+    return replace(plan, held_bytes=held)
 
 
 def plan_weights(catalog: Catalog, weights_bytes: int) -> Plan:
@@ -141,21 +146,26 @@ def context_of(shape: Shape, asked: int | None) -> int:
     return asked
 
 
+def _shorter(context: int) -> list[int]:
+    """Contexts that a message may propose, longest first."""
+    return [n for i in range(1, 20) if (n := context >> i) >= LEAST_CONTEXT]
+
+
 def _too_small(
-    shape: Shape, lowest: int, memory: Memory, budget: int, context: int, kv_type: str
+    lowest: int, memory: Memory, budget: int, context: int, needs: Mapping[int, int]
 ) -> str:
     """One line: what the lowest depth needs, what there is, which budget or context would fit."""
-    contexts = [c for i in range(1, 20) if (c := context >> i) >= LEAST_CONTEXT]
-    needs = {c: lowest + memory_of(shape, c, kv_type, BATCHES[-1]).total for c in contexts}
-    fitting = next((c for c in contexts if needs[c] <= budget), None)
-    least = contexts[-1] if contexts else context
-    hint = f"give --budget {_mib_up(lowest + memory.total)}MiB"
+    need = lowest + memory.total
+    fitting = next((n for n, rest in needs.items() if lowest + rest <= budget), None)
+    least = min(needs, default=context)
+    least_need = lowest + needs.get(least, memory.total)
+    hint = f"give --budget {_mib_up(need)}MiB"
     if fitting is not None:
         hint += f", or --context {fitting}"
-    elif needs:
-        hint += f", or {_mib_up(needs[least])}MiB with --context {least}"
+    elif _mib_up(least_need) < _mib_up(need):
+        hint += f", or {_mib_up(least_need)}MiB with --context {least}"
     return (
-        f"the lowest depth needs {format_size(lowest + memory.total)} at a context of {context} "
+        f"the lowest depth needs {format_size(need)} at a context of {context} "
         f"(weights {format_size(lowest)}, KV cache {format_size(memory.kv_bytes)}, compute "
         f"{format_size(memory.compute_bytes)}, process {format_size(memory.overhead_bytes)}), the "
         f"budget is {format_size(budget)}; {hint}"

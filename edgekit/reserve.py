@@ -6,7 +6,6 @@ the process, so `measure_memory` asks in a child process.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-
-import psutil
 
 from edgekit.artifact import Artifact, open_artifact
 from edgekit.assembly import Assembly
@@ -83,21 +80,12 @@ def measure_memory(folder: Path, progress: Progress) -> Json:
 
 
 def tell(folder: Path) -> Json:
-    """Open the artifact as the loader does, but for its weights, and measure."""
-    before = private_bytes()
-    with open_artifact(folder) as artifact:
+    """Open the artifact as the loader does, but for its weights, and ask."""
+    with open_artifact(folder) as artifact, _without_weights(artifact) as model:
         shape = shape_of(artifact.manifest.architecture, artifact.manifest.model)
-        with _without_weights(artifact) as model:
-            reserved(model, CELLS, "f16", BATCHES[-1])  # the first context loads what all need
-            model_bytes = private_bytes() - before
-            rows = [
-                _row(model, shape, kv_type, batch)
-                for kv_type in kv_choices(shape)
-                for batch in BATCHES
-            ]
+        rows = [_row(model, shape, kv, batch) for kv in kv_choices(shape) for batch in BATCHES]
     return {
         "llama_cpp_python": version("llama_cpp_python"),
-        "model_bytes": max(0, model_bytes),
         "compute": [row for row, _ in rows],
         "notes": sorted({note for _, notes in rows for note in notes}),
     }
@@ -124,12 +112,6 @@ def _row(model: Model, shape: Shape, kv_type: str, batch: int) -> tuple[Json, li
 
 def _longest(shape: Shape) -> int:
     return min(LONGEST, 2 * shape.context)
-
-
-def private_bytes() -> int:
-    """Bytes this process holds that no file backs."""
-    info = psutil.Process(os.getpid()).memory_info()
-    return int(info.rss - getattr(info, "shared", 0))
 
 
 if __name__ == "__main__":

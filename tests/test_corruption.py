@@ -250,6 +250,11 @@ def quality(**fields: Any) -> Callable[[Any], object]:
     return setting("quality", to=[row | fields])
 
 
+def memory(**fields: Any) -> Callable[[Any], object]:
+    row = {"kv_type": "f16", "batch": 512, "contexts": [256, 512], "bytes": [1, 2]}
+    return setting("memory", to={"compute": [row | fields]})
+
+
 LIES: dict[str, Callable[[Any], object]] = {
     "an absolute path": setting("base", "file", to="/etc/passwd"),
     "a path out of the folder": setting("levels_file", "file", to="../checkpoint/config.json"),
@@ -334,19 +339,37 @@ LIES: dict[str, Callable[[Any], object]] = {
     "quality of 10**400 bytes": quality(weights_bytes=10**400),
     "quality that is a list": setting("quality", to=[[1]]),
     "statistics that are a list": setting("statistics", to=[]),
+    "memory that is a list": setting("memory", to=[]),
+    "memory in words": setting("memory", "compute", to="much"),
+    "buffers of one size": memory(contexts=[256], bytes=[1]),
+    "buffers of falling contexts": memory(contexts=[512, 256], bytes=[1, 2]),
+    "buffers of no bytes": memory(contexts=[256, 512], bytes=[0, 1]),
+    "buffers in words": memory(contexts=[256, 512], bytes=["a", "b"]),
+    "buffers of 2**70 bytes": memory(contexts=[256, 512], bytes=[1, 1 << 70]),
+    "buffers for a KV type of none": memory(kv_type=None),
     "another version": setting("format_version", to=2),
     "a version as truth": setting("format_version", to=True),
 }
 
 
-@pytest.mark.parametrize("lie", LIES.values(), ids=list(LIES))
+# a plan reads the manifest alone and cannot know what the base holds
+ABOUT_THE_BASE = {
+    "a base that is the manifest",
+    "a base of 2**61 bytes",
+    "a short header",
+    "a level 0 elsewhere",
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
 def test_a_forged_manifest_is_refused_by_every_command(folder, tmp_path, lie):
-    forge(folder, lie)
+    forge(folder, LIES[lie])
     (tmp_path / "text").write_text("a b c " * 200)
+    plan = [] if lie in ABOUT_THE_BASE else [["plan", folder, "--budget", "1GiB"]]
     for command in (
+        *plan,
         ["verify", folder],
         ["inspect", folder],
-        ["plan", folder, "--budget", "1GiB"],
         ["materialize", folder, "--target-size", "1GiB", "-o", tmp_path / "out.gguf"],
         ["run", folder, "-p", "a", "-n", "1", "--budget", "1GiB"],
     ):

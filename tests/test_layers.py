@@ -31,7 +31,10 @@ LAYERS = (
     {"assembly", "convert_report", "model_card", "plan", "publish"},
     {"evaluate"},
     {"measure", "reserve"},
-    {"convert", "inspect", "loader", "materialize", "report"},
+    {"convert", "inspect", "materialize", "report", "surrender"},
+    {"engine"},
+    {"session"},
+    {"loader"},
     {"cli"},
     {"__main__"},
 )

@@ -68,7 +68,7 @@ def told_and_planned(
 ) -> tuple[tuple[float, float], Memory]:
     manifest = open_catalog(artifact).manifest
     memory = manifest.memory if is_measured else {}
-    shape = shape_of(manifest.architecture, manifest.model, memory)
+    shape = shape_of(manifest.architecture, manifest.model, measured=memory)
     told = told_by_llama_cpp(artifact / manifest.base.name, context, kv_type, batch)
     return told, memory_of(shape, context, kv_type, batch)
 

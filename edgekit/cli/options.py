@@ -59,3 +59,11 @@ budget_auto = click.option(
     show_default=True,
     help="Bytes the whole process may hold, or auto: what is free now.",
 )
+residency = click.option(
+    "--residency",
+    type=click.Choice(["auto", "anon", "mapped"]),
+    default="auto",
+    show_default=True,
+    help="Decode weights into memory (anon), map a file that is kept in the cache (mapped), or map "
+    "where the cache has it (auto).",
+)

@@ -1,18 +1,29 @@
 """``edgekit run``."""
 
+import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgekit.cli import options
-from edgekit.cli.console import note, print_json
+from edgekit.cli.console import note, print_json, progress_bars
+from edgekit.cli.supervise import supervised
+from edgekit.errors import UsageError
 from edgekit.sizes import format_size
+
+if TYPE_CHECKING:
+    from edgekit.llama import Generation
+    from edgekit.session import Session
 
 
 @click.command()
 @click.argument("artifact", type=options.FOLDER)
-@click.option("-p", "--prompt", default="", help="Text to continue; read from stdin when it is -.")
+@click.option(
+    "-p", "--prompt", help="Text to continue, - reads it from stdin; without it, a conversation."
+)
 @click.option(
     "-n",
     "--n-tokens",
@@ -29,76 +40,132 @@ from edgekit.sizes import format_size
     help="0: the likeliest token.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 2), default=0, show_default=True)
+@click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated.")
+@click.option("--ignore-eos", is_flag=True, help="Go on behind the token that ends a text.")
 @click.option(
     "--raw", is_flag=True, help="Continue the prompt as it is, without the chat template."
 )
 @options.budget_auto
 @options.context
 @options.kv_type
-@click.option("--threads", type=click.IntRange(1, 1024), help="Threads; default: all cores.")
+@options.residency
+@click.option(
+    "--follow/--no-follow",
+    default=True,
+    show_default=True,
+    help="Change depth as memory pressure asks for.",
+)
+@click.option("--threads", type=click.IntRange(1, 512), help="Threads; default: physical cores.")
 @options.as_json
 @options.verbose
 def run(
     artifact: Path,
-    prompt: str,
+    prompt: str | None,
     n_tokens: int,
     temperature: float,
     seed: int,
+    stop: tuple[str, ...],
+    ignore_eos: bool,
     raw: bool,
     budget: int | None,
     context: int | None,
     kv_type: str,
+    residency: Any,
+    follow: bool,
     threads: int | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
-    """Load ARTIFACT at the depth that fits the budget and continue a prompt.
+    """Load ARTIFACT at the depth that fits the budget; continue a prompt, or hold a conversation.
+
+    In a conversation, /budget 900MiB changes the depth and /help tells the other commands. While it
+    runs, signal USR1 halves the budget and USR2 brings the first one back.
 
     \b
         edgekit run llama-edge --budget 1.2GiB -p "Once upon a time" -n 64
     """
-    from edgekit.artifact import open_artifact
+    if as_json and prompt is None:
+        raise UsageError("--json answers one prompt; give it with -p")
+    child = supervised()
+    from edgekit.cli.chat import Chat
+    from edgekit.devices.memory import auto_budget
     from edgekit.llama import Sampling
-    from edgekit.loader import auto_budget, load, peak_rss_bytes
-    from edgekit.plan import plan_json
+    from edgekit.loader import load
 
     if budget is None:
         found = auto_budget()
-        budget = found.n_bytes
-        note(f"budget {format_size(budget)}: {found.source}")
-    text = sys.stdin.read() if prompt == "-" else prompt
-    with load(artifact, budget, context, kv_type, threads) as session:
-        plan = session.plan
-        note(
-            f"loaded {format_size(plan.depths.weights_bytes)} of weights at "
-            f"{plan.bits_per_weight:.2f} bits per weight in {session.load_seconds:.2f} s; "
-            f"total {format_size(plan.total_bytes)} planned"
-        )
-        generation = session.generate(text, n_tokens, Sampling(temperature, seed), chat=not raw)
+        note(f"budget {format_size(found.n_bytes)}: {found.source}")
+    sampling = Sampling(temperature, seed, ignore_eos=ignore_eos)
+    with (
+        progress_bars() as progress,
+        load(artifact, budget, context, kv_type, threads, residency, follow, progress) as session,
+    ):
+        child.needs(session.plan.total_bytes, session.plan.budget_bytes or 0)
+        _obey_signals(session)
+        _tell_loaded(session)
+        if prompt is None:
+            Chat(session, n_tokens, sampling, raw, stop).run()
+            return
+        text = sys.stdin.read() if prompt == "-" else prompt
+        generation = session.generate(text, n_tokens, sampling, chat=not raw, stop=stop)
         pieces = []
         for piece in generation:
             pieces.append(piece)
             if not as_json:
                 click.echo(piece, nl=False)
-        times = generation.timings
-        if not as_json:
-            click.echo()
-            note(
-                f"{times.n_prompt} prompt tokens at {times.prompt_tokens_per_second:.1f}/s, "
-                f"{times.n_gen} tokens at {times.gen_tokens_per_second:.1f}/s"
-            )
-            return
-        with open_artifact(artifact) as opened:
-            body = plan_json(opened, plan)
-        print_json(
-            {
-                "text": "".join(pieces),
-                "n_prompt": times.n_prompt,
-                "n_gen": times.n_gen,
-                "prompt_tokens_per_second": round(times.prompt_tokens_per_second, 2),
-                "gen_tokens_per_second": round(times.gen_tokens_per_second, 2),
-                "load_seconds": round(session.load_seconds, 3),
-                "peak_rss_bytes": peak_rss_bytes(),
-                "plan": body,
-            }
-        )
+        if as_json:
+            print_json(_report(session, generation, "".join(pieces)))
+        else:
+            _tell_times(generation)
+
+
+def _obey_signals(session: "Session") -> None:
+    """USR1 halves the budget, USR2 brings the first one back; Windows has neither."""
+    first = session.plan.budget_bytes or session.plan.total_bytes
+
+    def halve(number: int, frame: object) -> None:
+        session.request((session.plan.budget_bytes or first) // 2)
+
+    def restore(number: int, frame: object) -> None:
+        session.request(first)
+
+    for name, handler in (("SIGUSR1", halve), ("SIGUSR2", restore)):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handler)
+
+
+def _tell_loaded(session: "Session") -> None:
+    plan = session.plan
+    note(
+        f"loaded {format_size(plan.depths.weights_bytes)} of weights at "
+        f"{plan.bits_per_weight:.2f} bits per weight in {session.load_seconds:.2f} s; "
+        f"total {format_size(plan.total_bytes)} planned"
+    )
+
+
+def _tell_times(generation: "Generation") -> None:
+    times = generation.timings
+    click.echo()
+    note(
+        f"{times.n_prompt} prompt tokens at {times.prompt_tokens_per_second:.1f}/s, "
+        f"{times.n_gen} tokens at {times.gen_tokens_per_second:.1f}/s"
+    )
+
+
+def _report(session: "Session", generation: "Generation", text: str) -> dict[str, Any]:
+    from edgekit.loader import peak_rss_bytes
+    from edgekit.plan import plan_json
+
+    times = generation.timings
+    return {
+        "text": text,
+        "n_prompt": times.n_prompt,
+        "n_gen": times.n_gen,
+        "stopped": generation.stopped,
+        "prompt_tokens_per_second": round(times.prompt_tokens_per_second, 2),
+        "gen_tokens_per_second": round(times.gen_tokens_per_second, 2),
+        "load_seconds": round(session.load_seconds, 3),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "changes": [asdict(change) for change in session.changes],
+        "plan": plan_json(session.artifact, session.plan),
+    }

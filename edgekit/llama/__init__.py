@@ -5,7 +5,7 @@ the callbacks, and allocates scores of context x vocabulary.
 """
 
 from edgekit.llama.binding import capture_log, system_info
-from edgekit.llama.chat import apply_chat_template, chat_prompt
+from edgekit.llama.chat import Message, apply_chat_template, chat_prompt
 from edgekit.llama.context import KV_TYPES, Context, State
 from edgekit.llama.generation import Generation, Sampling, Timings, generate
 from edgekit.llama.model import Model, Residency, open_model
@@ -16,6 +16,7 @@ __all__ = [
     "Context",
     "Generation",
     "MemoryFile",
+    "Message",
     "Model",
     "Residency",
     "Sampling",

@@ -2,7 +2,7 @@
 
 import codecs
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,6 +12,7 @@ from edgekit.llama.binding import binding
 from edgekit.llama.context import Context
 
 StopReason = Literal["end", "length", "context", "stop"]
+Between = Callable[[int], Context]  # tokens still to come -> the context to go on with
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Sampling:
         top_k: Keep the k most likely; 0 keeps all.
         top_p: Keep the most likely that together have this probability; 1 keeps all.
         min_p: Drop those below this share of the most likely one's probability; 0 drops none.
+        ignore_eos: Go on behind the token that ends a text.
     """
 
     temperature: float = 0.8
@@ -31,6 +33,7 @@ class Sampling:
     top_k: int = 40
     top_p: float = 0.95
     min_p: float = 0.05
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         """Raise UsageError for a value out of its range."""
@@ -92,6 +95,7 @@ def generate(
     sampling: Sampling | None = None,
     *,
     stop: Sequence[str] = (),
+    between: Between | None = None,
 ) -> Generation:
     """Decode ``prompt`` behind what the context holds, then draw up to ``n`` tokens.
 
@@ -104,6 +108,8 @@ def generate(
         n: Most tokens to draw; it also ends at an end token and when the context is full.
         sampling: ``None`` takes `Sampling`'s defaults.
         stop: Texts that end the generation; they are not part of it.
+        between: Called before each call of llama.cpp; the context it gives may be another one
+            with the same conversation.
 
     Raises:
         UsageError: The prompt is empty or does not fit the context, or ``n`` is negative.
@@ -114,36 +120,63 @@ def generate(
             f"a prompt of {len(prompt)} tokens and {n} more; the context has {left} positions left"
         )
     generation = Generation()
-    tokens = _draw(context, prompt, n, sampling or Sampling(), generation)
-    generation.pieces = _until_stop(_text(context, tokens), stop, generation)
+    run = _Run(between or (lambda _: context), context, generation)
+    tokens = run.draw(prompt, n, sampling or Sampling())
+    generation.pieces = _until_stop(run.text(tokens), stop, generation)
     return generation
 
 
-def _draw(
-    context: Context, prompt: Sequence[int], n: int, sampling: Sampling, generation: Generation
-) -> Iterator[int]:
-    timings, lib = generation.timings, binding()
-    started = time.perf_counter()
-    context.decode(prompt)
-    timings.n_prompt, timings.prompt_seconds = len(prompt), time.perf_counter() - started
-    with _chain(sampling) as chain:
-        while timings.n_gen < n:
-            token = int(lib.llama_sampler_sample(chain, context.handle, -1))
-            timings.n_gen += 1
-            generation.ids.append(token)
-            if context.model.is_end(token):
-                generation.stopped = "end"
-                return
-            yield token
-            if timings.n_gen == n:
-                break
-            if len(context.tokens) == context.n_ctx:
-                generation.stopped = "context"
-                return
+class _Run:
+    """One generation, whose context may be replaced between two tokens."""
+
+    def __init__(self, between: Between, context: Context, generation: Generation) -> None:
+        self._between, self._context, self._generation = between, context, generation
+
+    def draw(self, prompt: Sequence[int], n: int, sampling: Sampling) -> Iterator[int]:
+        generation, timings, lib = self._generation, self._generation.timings, binding()
+        self._read(prompt, n)
+        with _chain(sampling) as chain:
+            while timings.n_gen < n:
+                token = int(lib.llama_sampler_sample(chain, self._context.handle, -1))
+                timings.n_gen += 1
+                generation.ids.append(token)
+                if self._context.model.is_end(token) and not sampling.ignore_eos:
+                    generation.stopped = "end"
+                    return
+                yield token
+                if timings.n_gen == n:
+                    break
+                self._context = self._between(n - timings.n_gen)
+                if len(self._context.tokens) == self._context.n_ctx:
+                    generation.stopped = "context"
+                    return
+                started = time.perf_counter()
+                self._context.decode([token])
+                timings.gen_seconds += time.perf_counter() - started
+        generation.stopped = "length"
+
+    def _read(self, prompt: Sequence[int], n: int) -> None:
+        """Decode the prompt, one batch after another."""
+        timings, done = self._generation.timings, 0
+        while done < len(prompt):
+            self._context = self._between(len(prompt) - done + n)
+            batch = prompt[done : done + self._context.n_batch]
+            done += len(batch)
             started = time.perf_counter()
-            context.decode([token])
-            timings.gen_seconds += time.perf_counter() - started
-    generation.stopped = "length"
+            self._context.decode(batch, "last" if done == len(prompt) else "none")
+            timings.prompt_seconds += time.perf_counter() - started
+        timings.n_prompt = len(prompt)
+
+    def text(self, tokens: Iterator[int]) -> Iterator[str]:
+        """Join the bytes of tokens to whole characters; half a character waits for its rest."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in tokens:
+            piece = decoder.decode(self._context.model.piece(token))
+            if piece:
+                yield piece
+        rest = decoder.decode(b"", final=True)
+        if rest:
+            yield rest
 
 
 @contextmanager
@@ -166,18 +199,6 @@ def _chain(sampling: Sampling) -> Iterator[int]:
         yield chain
     finally:
         lib.llama_sampler_free(chain)
-
-
-def _text(context: Context, tokens: Iterator[int]) -> Iterator[str]:
-    """Join the bytes of tokens to whole characters; half a character waits for its rest."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in tokens:
-        piece = decoder.decode(context.model.piece(token))
-        if piece:
-            yield piece
-    rest = decoder.decode(b"", final=True)
-    if rest:
-        yield rest
 
 
 def _until_stop(

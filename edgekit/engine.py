@@ -1,0 +1,247 @@
+"""One depth of an artifact in llama.cpp, and the way from one depth to another.
+
+Weights are decoded from the artifact while llama.cpp asks for them (``anon``): no file is written,
+nothing is held twice. Or they are written once into the cache and mapped (``mapped``): clean pages,
+which the kernel may drop and which the next load finds again.
+
+A change of depth saves the conversation to an unnamed temporary file, frees the old depth, loads
+the new one and reads the conversation back: never are two depths in memory, and the KV cache is
+not copied in memory either.
+"""
+
+import ctypes
+import functools
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from edgekit import cache
+from edgekit.artifact import Artifact
+from edgekit.assembly import Assembly
+from edgekit.errors import EdgekitError
+from edgekit.llama import Context, Model, State, open_model
+from edgekit.llama.context import default_threads
+from edgekit.materialize import materialize
+from edgekit.plan import Plan
+from edgekit.progress import Progress, Silent
+
+Residency = Literal["auto", "anon", "mapped"]
+RESIDENCIES = ("auto", "anon", "mapped")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How depths are loaded.
+
+    Attributes:
+        n_threads: Of llama.cpp and of decoding; ``None`` takes the physical cores.
+        residency: ``anon``, ``mapped``, or ``auto``: mapped where the cache has the file already.
+        progress: Told how far each load is.
+    """
+
+    n_threads: int | None = None
+    residency: Residency = "auto"
+    progress: Progress = field(default_factory=Silent)
+
+
+class Engine:
+    """At most one depth in memory, with the conversation that it holds.
+
+    Attributes:
+        plan: What is loaded, or was before `park`; ``None`` at first.
+    """
+
+    def __init__(self, artifact: Artifact, settings: Settings) -> None:
+        """Load nothing yet."""
+        self._artifact, self._settings = artifact, settings
+        self._model: Model | None = None
+        self._context: Context | None = None
+        self._saved: _Saved | None = None
+        self.plan: Plan | None = None
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether there is a context to decode with."""
+        return self._context is not None
+
+    @property
+    def context(self) -> Context:
+        """The conversation; another object after each change of depth.
+
+        Raises:
+            EdgekitError: Nothing is loaded.
+        """
+        if self._context is None:
+            raise EdgekitError(f"no depth of {self._artifact.folder} is loaded; load it again")
+        return self._context
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the conversation, also while it is parked."""
+        if self._saved is not None:
+            return len(self._saved.tokens)
+        return len(self._context.tokens) if self._context is not None else 0
+
+    def load(self, plan: Plan) -> int:
+        """Load ``plan`` instead of what is loaded; the conversation goes on.
+
+        Returns:
+            Bytes of weights that were loaded; 0 where only the context is another one.
+
+        Raises:
+            EdgekitError: It failed, and what was loaded before is back.
+        """
+        before, was_loaded = self.plan, self.is_loaded
+        self._save()
+        keeps = before is not None and plan.depths == before.depths
+        self._free(keep_weights=keeps)
+        n_bytes = 0 if self._model is not None else plan.depths.weights_bytes
+        try:
+            self._open(plan)
+        except (EdgekitError, MemoryError):
+            self._free()
+            if before is not None and was_loaded:
+                self._open(before)
+                self._resume()
+            raise
+        self._resume()
+        return n_bytes
+
+    def park(self) -> None:
+        """Free everything but the conversation, which waits on disk for the next `load`."""
+        self._save()
+        self._free()
+
+    def close(self) -> None:
+        """Free everything; twice is once."""
+        self._free()
+        self._forget()
+
+    def _save(self) -> None:
+        if self._context is not None and self.plan is not None:
+            self._forget()
+            self._saved = _Saved(self._context, self.plan.kv_type)
+
+    def _resume(self) -> None:
+        if self._saved is not None:
+            assert self.plan is not None
+            self._saved.restore(self.context, self.plan.kv_type)
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._saved is not None:
+            self._saved.close()
+            self._saved = None
+
+    def _free(self, *, keep_weights: bool = False) -> None:
+        if self._context is not None:
+            self._context.close()
+            self._context = None
+        if self._model is not None and not keep_weights:
+            self._model.close()
+            self._model = None
+        _return_free_memory()
+
+    def _open(self, plan: Plan) -> None:
+        threads = self._settings.n_threads or default_threads()
+        if self._model is None:
+            self._model = self._opened(plan, threads)
+        self._context = Context(
+            self._model, plan.context, n_batch=plan.batch, kv_type=plan.kv_type, n_threads=threads
+        )
+        self.plan = plan
+        self._artifact.release()
+
+    def _opened(self, plan: Plan, threads: int) -> Model:
+        assembly = Assembly(self._artifact, plan.depths, threads)
+        path = self._cached(plan, assembly.size)
+        if path is not None:
+            return open_model(path, header=assembly.gguf, residency="mapped")
+        self._settings.progress.start("load", assembly.size)
+        return open_model(assembly, header=assembly.gguf, progress=self._advance(assembly.size))
+
+    def _advance(self, n_bytes: int) -> Callable[[float], None]:
+        """What llama.cpp tells, a share of everything, as the bytes that came since."""
+        done = 0
+
+        def advance(share: float) -> None:
+            nonlocal done
+            now = round(share * n_bytes)
+            self._settings.progress.advance(now - done)
+            done = now
+
+        return advance
+
+    def _cached(self, plan: Plan, n_bytes: int) -> Path | None:
+        """The file to map: one that the cache has, or that is wanted there and made."""
+        if self._settings.residency == "anon":
+            return None
+        manifest = self._artifact.manifest
+        tiers = {name: plan.depths.tier(name) for name in sorted(plan.depths.tiers)}
+        path = cache.model_path((manifest.base.sha256, manifest.levels.sha256), tiers)
+        if cache.has_model(path):
+            return path
+        if self._settings.residency == "auto":
+            return None
+        cache.make_room(n_bytes)
+        materialize(self._artifact, plan.depths, path, n_threads=self._settings.n_threads)
+        cache.stamp(path)
+        return path
+
+
+class _Saved:
+    """A conversation outside llama.cpp: on disk where it can be, else in memory."""
+
+    def __init__(self, context: Context, kv_type: str) -> None:
+        self.tokens, self._kv_type = tuple(context.tokens), kv_type
+        self._file: IO[bytes] | None = None
+        self._state: State | None = None
+        if not self.tokens:
+            return
+        try:
+            self._file = tempfile.TemporaryFile(prefix="edgekit-state-")  # noqa: SIM115
+            context.save_file(_path_of(self._file))
+        except (EdgekitError, OSError):  # no room on disk, or no way to name an unnamed file
+            self._close_file()
+            self._state = context.save()
+
+    def restore(self, context: Context, kv_type: str) -> None:
+        """Fill a context; one with another type of cache computes the conversation anew."""
+        if not self.tokens:
+            return
+        if kv_type != self._kv_type:
+            context.decode(self.tokens, "none")
+        elif self._state is not None:
+            context.restore(self._state)
+        else:
+            assert self._file is not None
+            context.restore_file(_path_of(self._file))
+
+    def close(self) -> None:
+        self._close_file()
+        self._state = None
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _path_of(file: IO[bytes]) -> Path:
+    """A path to an open file that has no name of its own any more: a kill leaves nothing behind."""
+    return Path(f"/dev/fd/{file.fileno()}")
+
+
+def _return_free_memory() -> None:
+    """Ask the C library to give freed pages back; glibc keeps them otherwise."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

@@ -1,0 +1,263 @@
+"""A conversation with an artifact at the depth that its budget buys, and changes on the way.
+
+Every change of depth happens between two calls of llama.cpp, so no token is lost.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from edgekit.artifact import Artifact
+from edgekit.devices.memory import auto_budget
+from edgekit.devices.pressure import Reading, read_pressure
+from edgekit.engine import Engine, Settings
+from edgekit.errors import DoesNotFitError, EdgekitError, UsageError
+from edgekit.footprint import PROCESS_BYTES
+from edgekit.governor import Governor, Home
+from edgekit.llama import Context, Generation, Message, Model, Sampling, chat_prompt, generate
+from edgekit.plan import Plan, plan_budget
+from edgekit.surrender import surrender
+
+POLL_SECONDS = 0.05  # between two looks at memory pressure
+PATIENCE_SECONDS = 60.0  # an unloaded model waits so long for memory to come back
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a session is asked for.
+
+    Attributes:
+        budget: Bytes the process may hold; ``None`` takes what is free.
+        context: Tokens; ``None`` takes 4096 or the model's own, whichever is less.
+        kv_type: Type of the KV cache.
+        follow: Change depth as memory pressure asks for.
+    """
+
+    budget: int | None = None
+    context: int | None = None
+    kv_type: str = "f16"
+    follow: bool = True
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of depth that was made.
+
+    Attributes:
+        reason: ``asked`` or ``pressure``.
+        before_bytes: The plan before, all parts; 0 where nothing was loaded.
+        after_bytes: The plan after; 0 where memory pressure left nothing.
+        bytes_read: Of weights that were loaded; 0 where only the context changed.
+        seconds: From the last token before to a context ready for the next.
+    """
+
+    reason: str
+    before_bytes: int
+    after_bytes: int
+    bytes_read: int
+    seconds: float
+
+
+class Session:
+    """A loaded model with one conversation.
+
+    Attributes:
+        artifact: Open as long as the session is.
+        load_seconds: The first load, from the first byte read to a context ready for tokens.
+        changes: Every change of depth so far.
+    """
+
+    def __init__(
+        self, artifact: Artifact, wish: Wish, settings: Settings | None = None, held: int = 0
+    ) -> None:
+        """Plan and load; made by `edgekit.load`.
+
+        Args:
+            artifact: Open as long as the session is.
+            wish: What is asked for.
+            settings: How depths are loaded.
+            held: Bytes the process held before the artifact was opened, llama.cpp included.
+        """
+        self.artifact, self._wish, self.changes = artifact, wish, list[Change]()
+        self._held, self._polled = max(PROCESS_BYTES, held), 0.0
+        self._pending: int | None = None
+        self._engine = Engine(artifact, settings or Settings())
+        budget = auto_budget().n_bytes if wish.budget is None else wish.budget
+        self._home_plan = self._planned(budget)
+        started = time.monotonic()
+        try:
+            self._engine.load(self._home_plan)
+        except BaseException:
+            self._engine.close()
+            raise
+        self.load_seconds = time.monotonic() - started
+        self._governor = self._governed(budget, is_cap=wish.budget is not None)
+
+    @property
+    def plan(self) -> Plan:
+        """What is loaded."""
+        return self._engine.plan or self._home_plan
+
+    @property
+    def context(self) -> Context:
+        """The conversation in llama.cpp; another object after each change of depth."""
+        return self._engine.context
+
+    @property
+    def model(self) -> Model:
+        """The model in llama.cpp; another object after each change of depth."""
+        return self.context.model
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model was trained on conversations in a form of their own."""
+        return "tokenizer.chat_template" in self.artifact.header.metadata
+
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        n: int,
+        sampling: Sampling | None = None,
+        *,
+        chat: bool = True,
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """Continue a text or a conversation; iterate for the pieces.
+
+        Args:
+            prompt: A text, or all messages of a conversation, each with ``role`` and ``content``.
+                What the context has of it already is not computed again.
+            n: Tokens at most.
+            sampling: ``None`` takes `Sampling`'s defaults.
+            chat: A text is a user's message, where the model has a chat template.
+            stop: Texts that end the generation.
+
+        Raises:
+            UsageError: The prompt is empty or longer than the context, or there are messages and
+                no chat template.
+        """
+        self.adapt()
+        rest = self._rewind(self._ids(prompt, chat))
+        return generate(self.context, rest, n, sampling, stop=stop, between=self._between)
+
+    def request(self, budget: int) -> None:
+        """Resize before the next token; may be called in a signal handler."""
+        self._pending = budget
+
+    def resize(self, budget: int) -> Plan:
+        """Load the best depth for ``budget`` bytes instead; the conversation goes on.
+
+        The old depth is gone before the new one is loaded. A session that follows memory pressure
+        grows back to this budget from now on.
+
+        Raises:
+            DoesNotFitError: Nothing fits; the old depth stays.
+            EdgekitError: Loading failed; the old depth is back.
+        """
+        plan = self._planned(budget)
+        if self._engine.n_tokens > plan.context:
+            raise DoesNotFitError(
+                f"the conversation has {self._engine.n_tokens} tokens, a plan for this budget "
+                f"{plan.context}; give a larger context"
+            )
+        self._switch(plan, "asked")
+        self._home_plan = plan
+        self._governor = self._governed(budget, is_cap=True)
+        return plan
+
+    def adapt(self, need: int = 0, reading: Reading | None = None) -> None:
+        """Do what `request` and memory pressure ask for; generating calls it, call it when idle.
+
+        Args:
+            need: Tokens about to come; context beyond them may be given up.
+            reading: Of memory; ``None`` looks itself, at most every `POLL_SECONDS`.
+
+        Raises:
+            DoesNotFitError: Everything was given up and memory did not come back in a minute.
+        """
+        if self._pending is not None:
+            budget, self._pending = self._pending, None
+            self.resize(budget)
+        if self._governor is None:
+            return
+        now = time.monotonic()
+        if reading is not None or now - self._polled >= POLL_SECONDS:
+            self._polled = now
+            self._follow(self._governor, reading or read_pressure(), need)
+        while not self._engine.is_loaded:
+            if time.monotonic() - now > PATIENCE_SECONDS:
+                raise DoesNotFitError(
+                    f"memory did not come back in {PATIENCE_SECONDS:.0f} s and the lowest depth "
+                    f"of {self.artifact.folder} does not fit; close other programs"
+                )
+            time.sleep(POLL_SECONDS)
+            self._follow(self._governor, read_pressure(), need)
+
+    def close(self) -> None:
+        """Free everything; twice is once."""
+        self._engine.close()
+
+    def _planned(self, budget: int) -> Plan:
+        wish = self._wish
+        return plan_budget(self.artifact, budget, wish.context, wish.kv_type, self._held)
+
+    def _governed(self, budget: int, is_cap: bool) -> Governor | None:
+        if not self._wish.follow:
+            return None
+        return Governor(Home(budget, self._home_plan.total_bytes, is_cap), read_pressure())
+
+    def _between(self, need: int) -> Context:
+        self.adapt(need)
+        return self.context
+
+    def _follow(self, governor: Governor, reading: Reading, need: int) -> None:
+        total = self.plan.total_bytes if self._engine.is_loaded else 0
+        budget = governor.decide(time.monotonic(), reading, total)
+        if budget is None:
+            return
+        try:
+            plan = self._plan_within(budget, governor.home, self._engine.n_tokens + need)
+        except DoesNotFitError:
+            if self._engine.is_loaded:
+                self._engine.park()
+                self.changes.append(Change("pressure", total, 0, 0, 0.0))
+            return
+        if self._engine.is_loaded and replace(self.plan, budget_bytes=plan.budget_bytes) == plan:
+            return
+        self._switch(plan, "pressure")
+        governor.changed(self.changes[-1].seconds)
+
+    def _plan_within(self, budget: int, home: Home, used: int) -> Plan:
+        """What to load within ``budget``: more than home where memory allows, else what is left."""
+        wished = self._planned(budget) if budget > home.budget else self._home_plan
+        return surrender(self.artifact, wished, self.plan, budget, used)
+
+    def _switch(self, plan: Plan, reason: str) -> None:
+        before = self.plan.total_bytes if self._engine.is_loaded else 0
+        started = time.monotonic()
+        n_bytes = self._engine.load(plan)
+        seconds = time.monotonic() - started
+        self.changes.append(Change(reason, before, plan.total_bytes, n_bytes, seconds))
+
+    def _ids(self, prompt: str | Sequence[Message], chat: bool) -> list[int]:
+        is_text = isinstance(prompt, str)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        ids = chat_prompt(self.model, messages) if chat or not is_text else None
+        if ids is None and not isinstance(prompt, str):
+            raise UsageError("this model has no chat template; give a text instead of messages")
+        return ids if ids is not None else self.model.tokenize(str(prompt))
+
+    def _rewind(self, ids: list[int]) -> list[int]:
+        """Drop what the context holds beyond its common beginning with ``ids``; give the rest."""
+        held = self.context.tokens
+        pairs = enumerate(zip(held, ids, strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), min(len(held), len(ids)))
+        same = max(0, min(same, len(ids) - 1))  # the last one is computed: its logits are needed
+        if same == len(held):
+            return ids[same:]
+        try:
+            self.context.truncate(same)
+        except EdgekitError:  # a cache with a window cannot go back: begin again
+            self.context.clear()
+            return ids
+        return ids[same:]

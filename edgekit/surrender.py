@@ -1,0 +1,44 @@
+"""What a model gives up, in which order, when its budget falls below what it was planned for.
+
+Context beyond need first (only empty cells go), then the precision of the KV cache (little quality
+for half its bytes), then depth, and at last everything. A change of the cache's type computes the
+conversation anew, so it is made only while that is short.
+"""
+
+from dataclasses import replace
+
+from edgekit.artifact import Catalog
+from edgekit.footprint import BATCHES, CELLS, kv_choices, memory_of
+from edgekit.plan import Plan, plan_budget, shape_in
+
+SMALLER_KV = "q8_0"  # q4_0 costs too much quality to be taken unasked
+RECOMPUTED_TOKENS = 512  # most of a conversation that is computed anew for another cache type
+
+
+def surrender(catalog: Catalog, home: Plan, present: Plan, budget: int, used: int) -> Plan:
+    """The plan within ``budget`` bytes that keeps most of ``home``.
+
+    Args:
+        catalog: Of the artifact.
+        home: What was asked for and is given up last to first.
+        present: What is loaded, or was last; its cache type stays once the conversation is long.
+        budget: Bytes for the whole process.
+        used: Tokens that the conversation has or is about to have.
+
+    Raises:
+        DoesNotFitError: Not even the lowest depth fits with the context that is needed.
+    """
+    shape = shape_in(catalog)
+    held = home.held_bytes
+    needed = min(home.context, -(-used // CELLS) * CELLS)
+    kv_types = [home.kv_type] if used <= RECOMPUTED_TOKENS else [present.kv_type]
+    if kv_types == ["f16"] and used <= RECOMPUTED_TOKENS and SMALLER_KV in kv_choices(shape):
+        kv_types.append(SMALLER_KV)
+    choices = [(home.context, kv_types[0])] + [(needed, kv_type) for kv_type in kv_types]
+    for context, kv_type in choices:
+        for batch in BATCHES[BATCHES.index(home.batch) :]:
+            memory = memory_of(shape, context, kv_type, batch, held)
+            if home.depths.weights_bytes + memory.total <= budget:
+                kept = replace(home, context=context, kv_type=kv_type, batch=batch, memory=memory)
+                return replace(kept, budget_bytes=budget)
+    return plan_budget(catalog, budget, needed, kv_types[-1], held)
