@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,6 @@ from edgekit.sizes import parse_size
 from edgekit.spool import write_atomically
 
 DEFAULT_LIMIT = 20 << 30  # bytes of models
-SPARE_SHARE = 0.1  # of a disk, which the cache leaves free
 MODELS = "models"
 
 
@@ -86,28 +84,19 @@ def _drop(path: Path) -> None:
             name.unlink()
 
 
-def has_room(n_bytes: int) -> bool:
-    """Whether a model of ``n_bytes`` may be kept: within the limit and leaving the disk a tenth."""
-    place = cache_folder().absolute()
-    while not place.exists():
-        place = place.parent
-    disk = shutil.disk_usage(place)
-    return n_bytes <= limit_bytes() and disk.free - n_bytes >= SPARE_SHARE * disk.total
-
-
 def make_room(n_bytes: int) -> None:
     """Prepare the folder of models for one more of ``n_bytes``: sweep it, drop the oldest.
 
     Raises:
         EdgekitError: The folder cannot be made or written.
     """
-    folder = cache_folder() / MODELS
+    folder, limit = cache_folder() / MODELS, limit_bytes()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _sweep(folder)
         kept = sorted(folder.glob("*.gguf"), key=_last_use)
         total = sum(path.stat().st_size for path in kept)
-        while kept and total + n_bytes > limit_bytes():
+        while kept and total + n_bytes > limit:
             total -= kept[0].stat().st_size
             _drop(kept.pop(0))
     except OSError as error:

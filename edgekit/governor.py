@@ -87,6 +87,9 @@ class Governor:
         if total and self._is_stalled(now, reading, reserve):
             self._stall_until = now + STALL_SECONDS
             return self._fall(now, min(target, round((1 - STALL_CUT) * total)))
+        if reading.stalled > STALLED:
+            self._targets.clear()  # no calm
+            return None
         return self._rise(now, target, total, reserve)
 
     def _is_stalled(self, now: float, reading: Reading, reserve: int) -> bool:

@@ -13,6 +13,8 @@ from edgekit.sizes import format_size
 
 LEAST_KL = 1e-9  # where a measured KL is 0, so that its logarithm is a number
 DEFAULT_CONTEXT = 4096  # tokens, or the model's own context when that is shorter
+# Of a budget, for compute buffers: a larger batch reads prompts faster, but takes from the weights
+COMPUTE_SHARE = 1 / 16
 LEAST_CONTEXT = 256  # that a message proposes: one step of llama.cpp's cache
 
 
@@ -79,11 +81,13 @@ def plan_budget(
     shape = shape_in(catalog)
     n_tokens = context_of(shape, context)
     lowest = uniform(catalog.stacks, lambda stack: stack.tiers[0]).weights_bytes
+    highest = uniform(catalog.stacks, lambda stack: stack.tiers[-1]).weights_bytes
     for batch in BATCHES:
         memory = memory_of(shape, n_tokens, kv_type, batch, held)
-        if lowest + memory.total <= budget_bytes:
+        is_small = memory.compute_bytes <= COMPUTE_SHARE * budget_bytes
+        if (lowest if is_small else highest) + memory.total <= budget_bytes:
             break
-    else:
+    if lowest + memory.total > budget_bytes:
         needs = {n: memory_of(shape, n, kv_type, batch, held).total for n in _shorter(n_tokens)}
         raise DoesNotFitError(_too_small(lowest, memory, budget_bytes, n_tokens, needs))
     order = catalog.order(catalog.manifest.resident_order)

@@ -195,6 +195,7 @@ class Session:
 
     def close(self) -> None:
         """Free everything; twice is once."""
+        self._governor = None  # nothing is loaded again
         self._engine.close()
 
     def _planned(self, budget: int) -> Plan:

@@ -30,7 +30,7 @@ def surrender(catalog: Catalog, home: Plan, present: Plan, budget: int, used: in
     """
     shape = shape_in(catalog)
     held = home.held_bytes
-    needed = min(home.context, -(-used // CELLS) * CELLS)
+    needed = min(home.context, -(-max(used, 1) // CELLS) * CELLS)
     kv_types = [home.kv_type] if used <= RECOMPUTED_TOKENS else [present.kv_type]
     if kv_types == ["f16"] and used <= RECOMPUTED_TOKENS and SMALLER_KV in kv_choices(shape):
         kv_types.append(SMALLER_KV)

@@ -16,6 +16,12 @@ settings.register_profile("edgekit", deadline=None, derandomize=True, database=N
 settings.load_profile("edgekit")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_suite(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing is left in the user's cache, and nothing is found there."""
+    os.environ["EDGEKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def llama_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with rows of 256 as an artifact of the default tiers; to be read only."""

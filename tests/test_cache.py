@@ -1,0 +1,88 @@
+"""The cache of materialized models: whole files only, the oldest goes, the stale is made anew."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgekit import cache
+from edgekit.errors import EdgekitError, UsageError
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+def put(n_bytes: int, *key: str) -> Path:
+    path = cache.model_path(key, {"t": "Q4_K"})
+    cache.make_room(n_bytes)
+    path.write_bytes(bytes(n_bytes))
+    cache.stamp(path)
+    return path
+
+
+def test_a_model_is_found_under_its_artifact_and_tiers_only() -> None:
+    path = put(100, "a", "b")
+    assert cache.has_model(path)
+    others = [
+        cache.model_path(("a", "c"), {"t": "Q4_K"}),
+        cache.model_path(("a", "b"), {"t": "Q6_K"}),
+        cache.model_path(("a", "b"), {"u": "Q4_K"}),
+    ]
+    assert len({path, *others}) == 4
+    assert not any(cache.has_model(other) for other in others)
+    assert cache.model_path(("a", "b"), {"t": "Q4_K"}) == path
+
+
+@pytest.mark.parametrize("damage", ["bytes", "size", "stamp", "replaced"])
+def test_a_file_that_is_not_as_it_was_written_is_thrown_away(damage: str) -> None:
+    path = put(100, "a")
+    if damage == "bytes":
+        path.write_bytes(b"x" * 100)
+    elif damage == "size":
+        os.truncate(path, 50)
+    elif damage == "stamp":
+        path.with_suffix(".stamp").write_bytes(b"{")
+    else:
+        other = path.with_suffix(".other")
+        other.write_bytes(bytes(100))
+        other.replace(path)
+    assert not cache.has_model(path)
+    assert not path.exists() and not path.with_suffix(".stamp").exists()
+
+
+def test_the_one_used_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE_LIMIT", "1000")
+    paths = [put(300, name) for name in "abc"]
+    for age, path in enumerate(paths):
+        os.utime(path.with_suffix(".stamp"), (1000 + age, 1000 + age))
+    assert cache.has_model(paths[0])  # used now
+    put(300, "d")
+    assert [path.exists() for path in paths] == [True, False, True]
+
+
+def test_a_limit_in_words_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE_LIMIT", "lots")
+    with pytest.raises(UsageError, match="'lots' is no size"):
+        cache.make_room(1)
+
+
+def test_what_a_killed_process_left_is_swept_away(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], text=True,
+                          stdout=subprocess.PIPE).stdout.strip()  # fmt: skip
+    dead, alive = folder / f"x.gguf.partial-{gone}", folder / f"x.gguf.partial-{os.getpid()}"
+    for path in (dead, alive):
+        path.write_bytes(b"half")
+    cache.make_room(1)
+    assert not dead.exists() and alive.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE", "/proc/nowhere")
+    with pytest.raises(EdgekitError, match=r"cache /proc/nowhere/models cannot be used .*anon$"):
+        cache.make_room(1)

@@ -1,0 +1,276 @@
+"""Changes of depth in the middle of a conversation: bit for bit, back on failure, nothing left."""
+
+import gc
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from converted import tiny, weighted
+
+import edgekit
+from edgekit import cache
+from edgekit.assembly import Assembly
+from edgekit.devices.pressure import Reading
+from edgekit.errors import DoesNotFitError, EdgekitError, RefusedError, UnknownNameError, UsageError
+from edgekit.llama import Sampling
+from edgekit.plan import plan_budget
+from edgekit.session import Session
+
+MIB = 1 << 20
+ROOMY = 1 << 30
+WARM = Sampling(temperature=1.0, seed=3, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers enough that budgets of whole MiB reach several depths."""
+    folder = tmp_path_factory.mktemp("session")
+    checkpoint = tiny(folder / "c", dtype="bfloat16", width="wide", num_hidden_layers=6)
+    return weighted(checkpoint, folder / "a").artifact
+
+
+@pytest.fixture(autouse=True)
+def bytes_of_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Python and the suite hold is left out of plans: budgets choose depths."""
+    monkeypatch.setattr("edgekit.loader.held_bytes", lambda: 0)
+    monkeypatch.setattr("edgekit.session.PROCESS_BYTES", 0)
+    monkeypatch.setattr("edgekit.footprint.MODEL_BYTES", 0)
+    monkeypatch.setattr("edgekit.footprint.LOADING_BYTES", 0)
+
+
+@pytest.fixture
+def session(artifact: Path) -> Iterator[Session]:
+    with edgekit.load(artifact, budget=ROOMY, context=512, follow=False) as loaded:
+        yield loaded
+
+
+def lowest(session: Session) -> int:
+    """The smallest budget that the session can be resized to."""
+    with pytest.raises(DoesNotFitError) as error:
+        session.resize(1)
+    return int(str(error.value).rpartition("--budget ")[2].partition("MiB")[0]) * MIB
+
+
+def text(session: Session, n: int = 40, prompt: str = "The quick brown") -> str:
+    return "".join(session.generate(prompt, n, WARM))
+
+
+def test_a_conversation_through_two_depths_goes_on_bit_for_bit(artifact: Path) -> None:
+    """Down and up with no token between: the logits are those of a run that nothing disturbed."""
+    rows = []
+    for is_disturbed in (False, True):
+        with edgekit.load(artifact, budget=ROOMY, context=512, follow=False) as session:
+            ids = session.model.tokenize("The quick brown fox jumps over the lazy dog. " * 3)
+            session.context.decode(ids[:-1])
+            if is_disturbed:
+                before = session.plan
+                session.resize(lowest(session))
+                assert session.plan.depths.weights_bytes < before.depths.weights_bytes / 2
+                assert session.context.tokens == ids[:-1]
+                session.resize(ROOMY)
+                assert session.plan == before
+            rows.append(session.context.decode(ids[-1:]))
+    np.testing.assert_array_equal(rows[0], rows[1])
+
+
+def test_a_change_in_mid_generation_loses_no_token(session: Session) -> None:
+    generation = session.generate("Once upon a time", 60, WARM)
+    least, seen = lowest(session), []
+    for piece in generation:
+        seen.append(piece)
+        if generation.timings.n_gen >= 20 and not session.changes:
+            session.resize(least)
+        if generation.timings.n_gen >= 40 and len(session.changes) == 1:
+            session.resize(ROOMY)
+    assert len(generation.ids) == 60 and generation.stopped == "length"
+    assert session.context.tokens[-59:] == generation.ids[:-1]
+    assert "".join(seen) == session.model.detokenize(generation.ids)
+    assert [change.reason for change in session.changes] == ["asked", "asked"]
+    assert session.changes[0].after_bytes == session.changes[1].before_bytes
+    assert session.changes[1].bytes_read == session.plan.depths.weights_bytes
+
+
+def test_the_depth_that_is_asked_for_is_the_one_that_runs(artifact: Path, session: Session) -> None:
+    """Logits after a resize equal those of a model that was loaded at that depth at once."""
+    least = lowest(session)
+    session.resize(least)
+    with edgekit.load(artifact, budget=least, context=512, follow=False) as fresh:
+        ids = fresh.model.tokenize("def add(a, b):")
+        np.testing.assert_array_equal(session.context.decode(ids), fresh.context.decode(ids))
+
+
+def test_a_request_is_obeyed_before_the_next_token(session: Session) -> None:
+    least, before = lowest(session), session.plan
+    generation = session.generate("The", 20, WARM)
+    next(generation.pieces)
+    session.request(least)
+    assert session.plan == before
+    "".join(generation)
+    assert session.plan.budget_bytes == least and len(generation.ids) == 20
+
+
+def test_what_does_not_fit_leaves_the_old_depth(session: Session) -> None:
+    before, words = session.plan, text(session)
+    with pytest.raises(DoesNotFitError, match=r"lowest depth needs .* give --budget \d+MiB"):
+        session.resize(1)
+    assert session.plan == before and session.changes == []
+    session.context.clear()
+    assert text(session) == words
+
+
+def test_when_loading_fails_the_old_depth_and_the_conversation_come_back(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.context.decode(session.model.tokenize("The quick brown fox"))
+    tokens, before, least = list(session.context.tokens), session.plan, lowest(session)
+    opened = iter([True, False])
+
+    class Broken(Assembly):
+        def read(self, offset: int, n_bytes: int) -> bytes:
+            raise RefusedError("level Q2_K of a tensor is corrupt")
+
+    def first_broken(*args: Any) -> Assembly:
+        return (Broken if next(opened) else Assembly)(*args)
+
+    monkeypatch.setattr("edgekit.engine.Assembly", first_broken)
+    with pytest.raises(RefusedError, match="is corrupt"):
+        session.resize(least)
+    assert session.plan == before
+    assert session.context.tokens == tokens
+    assert len(text(session, 5, "The quick brown fox jumps")) > 0
+
+
+def test_another_cache_type_computes_the_conversation_anew(session: Session) -> None:
+    """The engine is asked directly: policies choose when."""
+    ids = session.model.tokenize("The quick brown fox jumps over the lazy dog.")
+    session.context.decode(ids)
+    smaller = plan_budget(session.artifact, ROOMY, 512, "q8_0")
+    assert session._engine.load(smaller) == 0  # the weights stay
+    assert session.context.tokens == ids
+    with edgekit.load(session.artifact.folder, ROOMY, 512, "q8_0", follow=False) as fresh:
+        fresh.context.decode(ids)
+        np.testing.assert_array_equal(session.context.decode([5]), fresh.context.decode([5]))
+
+
+def test_pressure_takes_depth_and_gives_it_back(artifact: Path) -> None:
+    with edgekit.load(artifact, budget=ROOMY, context=512) as session:
+        text(session, 5)
+        home = session.plan
+        session.adapt(reading=Reading(0), need=10)
+        assert [change.reason for change in session.changes] == ["pressure"]
+        assert session.plan.total_bytes <= 0.75 * home.total_bytes + MIB  # two eighths stay free
+        assert session.context.n_ctx >= len(session.context.tokens) + 10
+        deadline = time.monotonic() + 30
+        while session.plan != home and time.monotonic() < deadline:
+            session.adapt(reading=Reading(4 << 30))
+        assert session.plan == home
+        assert [change.reason for change in session.changes] == ["pressure", "pressure"]
+
+
+def test_when_nothing_fits_the_model_goes_and_the_conversation_waits(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = iter([Reading(0)] * 10 + [Reading(4 << 30)] * 10_000)
+    monkeypatch.setattr("edgekit.governor.Governor.reserve", lambda self, n: n // 2)
+    monkeypatch.setattr("edgekit.session.read_pressure", lambda: Reading(4 << 30))
+    with edgekit.load(artifact, budget=ROOMY, context=512) as session:
+        total = session.plan.total_bytes
+        generation = session.generate("The quick brown", 30, WARM)
+        pieces = [next(generation.pieces)]
+        monkeypatch.setattr("edgekit.session.read_pressure", lambda: next(readings))
+        session._polled = 0.0
+        pieces += generation.pieces
+        assert len(generation.ids) == 30
+        assert session.context.tokens[-29:] == generation.ids[:-1]
+        first, last = session.changes[0], session.changes[-1]
+        assert (first.before_bytes, first.after_bytes, last.before_bytes) == (total, 0, 0)
+
+
+def test_memory_that_never_comes_back_ends_with_one_line(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekit.session.PATIENCE_SECONDS", 0.2)
+    with edgekit.load(artifact, budget=ROOMY, context=512) as session:
+        monkeypatch.setattr("edgekit.governor.Governor.reserve", lambda self, n: n // 2)
+        monkeypatch.setattr("edgekit.session.read_pressure", lambda: Reading(0))
+        with pytest.raises(DoesNotFitError, match=r"memory did not come back in 0 s"):
+            session.adapt(reading=Reading(0))
+
+
+def test_messages_reuse_what_the_context_has(artifact: Path, session: Session) -> None:
+    with pytest.raises(UsageError, match="no chat template"):
+        session.generate([{"role": "user", "content": "hello"}], 3)
+    words = "The quick brown fox jumps over the lazy dog."
+    n_read = []
+    for prompt in (words, words + " Once", words + " Twice", words[:20]):
+        generation = session.generate(prompt, 1, WARM)
+        "".join(generation)
+        n_read.append(generation.timings.n_prompt)
+        assert session.context.tokens == session.model.tokenize(prompt)
+    whole = len(session.model.tokenize(words))
+    assert n_read[0] == whole and max(n_read[1:]) <= 6 < whole
+
+
+@pytest.mark.parametrize("residency", ["mapped", "anon"])
+def test_mapped_and_decoded_weights_answer_alike(artifact: Path, residency: str) -> None:
+    with edgekit.load(artifact, ROOMY, 512, residency="anon", follow=False) as session:
+        expected = text(session)
+    with edgekit.load(artifact, ROOMY, 512, residency=residency, follow=False) as session:
+        assert text(session) == expected
+        files = [Path(m.path) for m in psutil.Process().memory_maps()]
+        assert any(cache.cache_folder() in f.parents for f in files) == (residency == "mapped")
+
+
+def test_auto_maps_what_the_cache_has_and_writes_nothing(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path))
+    for made, residency in ((0, "auto"), (1, "mapped"), (1, "auto")):
+        with edgekit.load(artifact, ROOMY, 512, residency=residency, follow=False) as session:
+            text(session, 2)
+            maps = [m.path for m in psutil.Process().memory_maps() if str(tmp_path) in m.path]
+        assert len(list(tmp_path.glob("models/*.gguf"))) == made == len(maps)
+    (model,) = tmp_path.glob("models/*.gguf")
+    model.write_bytes(model.read_bytes()[:-1] + b"x")  # damaged: made anew
+    with edgekit.load(artifact, ROOMY, 512, residency="mapped", follow=False):
+        assert model.read_bytes()[-1:] != b"x"
+
+
+def test_unknown_words_are_refused(artifact: Path) -> None:
+    with (
+        pytest.raises(UnknownNameError, match="unknown residency 'maped'; did you mean 'mapped'"),
+        edgekit.load(artifact, ROOMY, residency="maped"),
+    ):
+        pass
+
+
+def test_a_closed_session_says_so(artifact: Path) -> None:
+    with edgekit.load(artifact, ROOMY, 512) as session:
+        pass
+    with pytest.raises(EdgekitError, match=r"no depth of .* is loaded"):
+        session.generate("x", 1)
+
+
+def test_a_hundred_cycles_leave_nothing(artifact: Path, tmp_path: Path, monkeypatch) -> None:
+    """Load, resize down and up, close: neither memory nor descriptors nor files grow."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    process, rows = psutil.Process(), []
+    gc.collect()
+    for cycle in range(100):
+        with edgekit.load(artifact, budget=ROOMY, context=256, follow=False) as session:
+            text(session, 2)
+            session.resize(8 * MIB)
+            session.resize(ROOMY)
+            text(session, 2)
+        if cycle % 20 == 19:
+            gc.collect()
+            rows.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
+    memory, descriptors, threads = zip(*rows, strict=True)
+    assert len(set(descriptors)) == 1 and len(set(threads)) == 1
+    assert memory[-1] - memory[0] <= 4 * MIB  # 80 cycles: a leak of 64 KiB each would show
+    assert os.listdir(tmp_path) == []
