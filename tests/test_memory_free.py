@@ -1,16 +1,15 @@
 """Free memory under control groups: trees of files as the kernel shows them, and a real group."""
 
-import contextlib
-import os
-import subprocess
+import resource
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from control_groups import real_group
 
-from edgekit.devices.memory import CGROUP_ROOT, free_memory
+from edgekit.devices.memory import auto_budget, auto_margin, free_memory
+from edgekit.devices.pressure import TRIM_LEVELS, read_pressure
 
 MIB = 1 << 20
 V1_UNLIMITED = 9223372036854771712  # what the kernel writes for no limit, pages of 4096
@@ -93,35 +92,7 @@ def test_what_cannot_be_read_is_no_limit(tmp_path: Path) -> None:
         assert found(tmp_path, lines)[1] == "available memory"
 
 
-@contextlib.contextmanager
-def real_group(limit: int) -> Iterator[Path]:
-    """A control group with a limit, v1 or v2; skips where this process may make none."""
-    name = f"edgekit-test-{os.getpid()}"
-    lines = dict(reversed(line.split(":", 2)[1:]) for line in _membership())
-    mount, path, file = CGROUP_ROOT, lines.get("", "/"), "memory.max"
-    own = [path for path, controllers in lines.items() if "memory" in controllers.split(",")]
-    if own:
-        mount, path, file = CGROUP_ROOT / "memory", own[0], "memory.limit_in_bytes"
-    group = next((f / name for f in (mount / path.lstrip("/"), mount) if f.is_dir()), mount / name)
-    try:
-        group.mkdir()
-        try:
-            (group / file).write_text(str(limit))
-            yield group
-        finally:
-            group.rmdir()
-    except (PermissionError, FileNotFoundError, OSError) as error:
-        pytest.skip(f"no control group can be made here: {error}")
-
-
-def _membership() -> list[str]:
-    return Path("/proc/self/cgroup").read_text().splitlines()
-
-
 CHILD = """
-import os, sys
-from pathlib import Path
-Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
 from edgekit.devices.memory import free_memory
 held = bytearray(16 << 20)
 held[::4096] = b"x" * len(held[::4096])
@@ -134,8 +105,48 @@ print(free.n_bytes, free.source)
 def test_a_process_in_a_real_group_is_told_what_the_group_leaves() -> None:
     limit = 96 * MIB
     with real_group(limit) as group:
-        run = [sys.executable, "-c", CHILD, str(group)]
-        told = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+        told, _ = group.start([sys.executable, "-c", CHILD]).communicate()
     n_bytes, source = told.split(maxsplit=1)
-    assert source.strip() == f"control group {group}"
+    assert source.strip() == f"control group {group.path}"
     assert limit // 4 < int(n_bytes) < limit - 16 * MIB  # 16 MiB are held, Python takes some more
+
+
+def test_a_limit_on_address_space_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = psutil.Process().memory_info().vms + 64 * MIB
+    limits = {resource.RLIMIT_AS: (limit, limit)}
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits.get(kind, unlimited))
+    free = free_memory(Path("/nowhere"), Path("/nowhere"))
+    assert free.source == "RLIMIT_AS" and 0 < free.n_bytes <= 64 * MIB
+
+
+def test_an_automatic_budget_leaves_a_quarter_and_at_most_a_gibibyte() -> None:
+    assert auto_margin(400 * MIB) == 100 * MIB
+    assert auto_margin(64 << 30) == 1 << 30
+    held, free = psutil.Process().memory_info().rss, free_memory().n_bytes
+    most = held + free
+    assert auto_budget().n_bytes == pytest.approx(most - auto_margin(most), rel=0.05)
+    assert auto_budget().source.endswith("less a margin")
+
+
+PSI = """some avg10=12.50 avg60=1.00 avg300=0.10 total=123
+full avg10=7.25 avg60=0.50 avg300=0.05 total=45
+"""
+
+
+def test_stalls_are_the_worst_of_machine_and_own_group(tmp_path: Path) -> None:
+    machine = tmp_path / "machine"
+    machine.write_text(PSI)
+    membership = tmp_path / "membership"
+    membership.write_text("0::/a\n")
+    root = tmp_path / "cgroup"
+    assert read_pressure(root, membership, machine).stalled == pytest.approx(0.0725)
+    write(root / "a", memory_pressure=PSI.replace("7.25", "31.00"))
+    assert read_pressure(root, membership, machine).stalled == pytest.approx(0.31)
+    assert read_pressure(root, tmp_path / "none", tmp_path / "none").stalled == 0.0
+
+
+def test_hiding_the_interface_is_no_trim_level_that_acts() -> None:
+    """20 and 40 are no pressure; the app is asked for more the nearer it is to being killed."""
+    assert not {20, 40} & set(TRIM_LEVELS)
+    assert [TRIM_LEVELS[level] for level in sorted(TRIM_LEVELS)] == [0.25, 0.5, 0.5, 1.0]

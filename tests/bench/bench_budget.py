@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cgroups import inside, memory_group, peak, reset_peak, set_limit
+from cgroups import Group, memory_group
 
 EDGEKIT = str(Path(sys.executable).with_name("edgekit"))
 MIB = 1 << 20
@@ -41,13 +41,13 @@ def budgets(artifact: str, context: int, n: int) -> list[int]:
     return [round(least * (most / least) ** (i / (n - 1))) for i in range(n)]
 
 
-def measure(artifact: str, budget: int, context: int, group: Path) -> dict[str, Any]:
+def measure(artifact: str, budget: int, context: int, group: Group) -> dict[str, Any]:
     """One run inside the group."""
-    set_limit(group, budget)
-    reset_peak(group)
+    group.limit(budget)
+    group.forget()
     words = [EDGEKIT, "run", artifact, "--budget", str(budget), "--context", str(context)]
     words += ["-n", "64", "-p", "def read(path):", "--ignore-eos", "--json"]
-    process = inside(group, words)
+    process = group.start(words)
     out, err = process.communicate()
     row: dict[str, Any] = {"budget": budget, "exit": process.returncode}
     if process.returncode:
@@ -58,7 +58,7 @@ def measure(artifact: str, budget: int, context: int, group: Path) -> dict[str, 
         "weights": body["plan"]["weights_bytes"],
         "batch": body["plan"]["batch"],
         "peak_rss": body["peak_rss_bytes"],
-        "group_peak": peak(group),
+        "group_peak": group.peak,
         "n_gen": body["n_gen"],
         "changes": len(body["changes"]),
         "load_seconds": body["load_seconds"],
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048)
     options = parser.parse_args()
     results = {}
-    with memory_group("edgekit-bench") as group:
+    with memory_group("edgekit-bench", 1 << 40) as group:
         for artifact in options.artifacts:
             print(f"{artifact}\n{'budget':>11}{'predicted':>11}{'peak rss':>11}{'group':>11}  MiB")
             sizes = budgets(artifact, options.context, options.budgets)
