@@ -20,6 +20,7 @@ def load(
     n_threads: int | None = None,
     residency: Literal["auto", "anon", "mapped"] = "auto",
     follow: bool = True,
+    repack: bool = False,
 ) -> "AbstractContextManager[Session]":
     """Load the artifact in ``path`` at the best depth within ``budget`` bytes.
 
@@ -34,4 +35,4 @@ def load(
     """
     from edgekit.loader import load
 
-    return load(path, budget, context, kv_type, n_threads, residency, follow)
+    return load(path, budget, context, kv_type, n_threads, residency, follow, repack)

@@ -26,6 +26,7 @@ from edgekit.llama import Context, Model, State, open_model
 from edgekit.llama.context import default_threads
 from edgekit.materialize import materialize
 from edgekit.plan import Plan
+from edgekit.planner import Depths
 from edgekit.progress import Progress, Silent
 
 Residency = Literal["auto", "anon", "mapped"]
@@ -96,7 +97,7 @@ class Engine:
         """
         before, was_loaded = self.plan, self.is_loaded
         self._save()
-        keeps = before is not None and plan.depths == before.depths
+        keeps = before is not None and _weights_of(plan) == _weights_of(before)
         self._free(keep_weights=keeps)
         n_bytes = 0 if self._model is not None else plan.depths.weights_bytes
         try:
@@ -161,7 +162,12 @@ class Engine:
         if path is not None:
             return open_model(path, header=assembly.gguf, residency="mapped")
         self._settings.progress.start("load", assembly.size)
-        return open_model(assembly, header=assembly.gguf, progress=self._advance(assembly.size))
+        return open_model(
+            assembly,
+            header=assembly.gguf,
+            extra_bufts=plan.repack,
+            progress=self._advance(assembly.size),
+        )
 
     def _advance(self, n_bytes: int) -> Callable[[float], None]:
         """What llama.cpp tells, a share of everything, as the bytes that came since."""
@@ -177,7 +183,7 @@ class Engine:
 
     def _cached(self, plan: Plan, n_bytes: int) -> Path | None:
         """The file to map: one that the cache has, or that is wanted there and made."""
-        if self._settings.residency == "anon":
+        if self._settings.residency == "anon" or plan.repack:  # mapped pages cannot be repacked
             return None
         manifest = self._artifact.manifest
         tiers = {name: plan.depths.tier(name) for name in sorted(plan.depths.tiers)}
@@ -190,6 +196,11 @@ class Engine:
         materialize(self._artifact, plan.depths, path, n_threads=self._settings.n_threads)
         cache.stamp(path)
         return path
+
+
+def _weights_of(plan: Plan) -> tuple[Depths, bool]:
+    """What makes two plans differ in what is loaded, contexts aside."""
+    return plan.depths, plan.repack
 
 
 class _Saved:

@@ -10,7 +10,7 @@ import psutil
 from edgekit.artifact import open_artifact
 from edgekit.devices.memory import held_bytes
 from edgekit.engine import RESIDENCIES, Residency, Settings
-from edgekit.errors import UnknownNameError
+from edgekit.errors import UnknownNameError, UsageError
 from edgekit.llama import system_info
 from edgekit.progress import Progress, Silent
 from edgekit.session import Session, Wish
@@ -25,6 +25,7 @@ def load(
     n_threads: int | None = None,
     residency: Residency = "auto",
     follow: bool = True,
+    repack: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[Session]:
     """Load the artifact in ``path`` at the best depth within ``budget`` bytes; a context manager.
@@ -38,6 +39,8 @@ def load(
         residency: ``anon`` decodes into memory; ``mapped`` writes a file into the cache once and
             maps it; ``auto`` maps a file that the cache has, and decodes otherwise.
         follow: Change depth as memory pressure asks for.
+        repack: Let llama.cpp lay weights out for its fastest kernels where that fits the budget
+            too; the weights are decoded into memory then.
         progress: Told how far each load is.
 
     Raises:
@@ -46,10 +49,12 @@ def load(
     """
     if residency not in RESIDENCIES:
         raise UnknownNameError("residency", residency, RESIDENCIES)
+    if repack and residency == "mapped":
+        raise UsageError("mapped weights cannot be repacked; choose one of the two")
     system_info()  # llama.cpp's libraries are part of what the process holds
     held = held_bytes()
     with open_artifact(Path(path), remember=True) as artifact:
-        wish = Wish(budget, context, kv_type, follow)
+        wish = Wish(budget, context, kv_type, follow, repack)
         settings = Settings(n_threads, residency, progress or Silent())
         session = Session(artifact, wish, settings, held)
         try:

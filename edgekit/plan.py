@@ -11,6 +11,7 @@ from edgekit.manifest import Json
 from edgekit.planner import Depths, fill, resident_bytes, tier_at, uniform
 from edgekit.sizes import format_size
 
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"  # GGUF names
 LEAST_KL = 1e-9  # where a measured KL is 0, so that its logarithm is a number
 DEFAULT_CONTEXT = 4096  # tokens, or the model's own context when that is shorter
 # Of a budget, for compute buffers: a larger batch reads prompts faster, but takes from the weights
@@ -34,6 +35,7 @@ class Plan:
         expected_kl: Mean KL divergence to the source, interpolated from what ``convert`` measured;
             ``None`` where it measured nothing.
         held_bytes: What the process held before; ``None`` where a usual one was assumed.
+        repack: llama.cpp may lay weights out for its fastest kernels; counted in ``memory``.
     """
 
     budget_bytes: int | None
@@ -45,6 +47,7 @@ class Plan:
     bits_per_weight: float
     expected_kl: float | None
     held_bytes: int | None = None
+    repack: bool = False
 
     @property
     def total_bytes(self) -> int:
@@ -94,6 +97,22 @@ def plan_budget(
     depths = fill(catalog.stacks, order, budget_bytes - memory.total)
     plan = _plan(catalog, depths, memory, budget_bytes, n_tokens, batch, kv_type)
     return replace(plan, held_bytes=held)
+
+
+def with_repacking(catalog: Catalog, plan: Plan) -> Plan:
+    """The plan with repacked weights where their bytes fit the budget too, else as it is.
+
+    Repacking is in place but for two things: a tensor is held twice while it is repacked, and an
+    embedding that is the output head as well stays in both forms.
+    """
+    sizes = {s.name: resident_bytes(s, plan.depths.tier(s.name)) for s in catalog.stacks}
+    twice = 0 if OUTPUT in sizes else sizes.get(EMBEDDING, 0)
+    loading = max(0, max(sizes.values()) - plan.memory.kv_bytes - plan.memory.compute_bytes)
+    total = plan.total_bytes + twice + loading
+    if plan.budget_bytes is not None and total > plan.budget_bytes:
+        return plan
+    overhead = plan.memory.overhead_bytes + twice + loading
+    return replace(plan, repack=True, memory=replace(plan.memory, overhead_bytes=overhead))
 
 
 def plan_weights(catalog: Catalog, weights_bytes: int) -> Plan:
@@ -214,6 +233,7 @@ def plan_json(catalog: Catalog, plan: Plan) -> Json:
         "context": plan.context,
         "batch": plan.batch,
         "kv_type": plan.kv_type,
+        "repack": plan.repack,
         "weights_bytes": plan.depths.weights_bytes,
         "kv_bytes": plan.memory.kv_bytes,
         "compute_bytes": plan.memory.compute_bytes,

@@ -15,7 +15,7 @@ from edgekit.errors import DoesNotFitError, EdgekitError, UsageError
 from edgekit.footprint import PROCESS_BYTES
 from edgekit.governor import Governor, Home
 from edgekit.llama import Context, Generation, Message, Model, Sampling, chat_prompt, generate
-from edgekit.plan import Plan, plan_budget
+from edgekit.plan import Plan, plan_budget, with_repacking
 from edgekit.surrender import surrender
 
 POLL_SECONDS = 0.05  # between two looks at memory pressure
@@ -31,12 +31,14 @@ class Wish:
         context: Tokens; ``None`` takes 4096 or the model's own, whichever is less.
         kv_type: Type of the KV cache.
         follow: Change depth as memory pressure asks for.
+        repack: Let llama.cpp lay weights out for its fastest kernels where that fits the budget.
     """
 
     budget: int | None = None
     context: int | None = None
     kv_type: str = "f16"
     follow: bool = True
+    repack: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,8 @@ class Session:
 
     def _planned(self, budget: int) -> Plan:
         wish = self._wish
-        return plan_budget(self.artifact, budget, wish.context, wish.kv_type, self._held)
+        plan = plan_budget(self.artifact, budget, wish.context, wish.kv_type, self._held)
+        return with_repacking(self.artifact, plan) if wish.repack else plan
 
     def _governed(self, budget: int, is_cap: bool) -> Governor | None:
         if not self._wish.follow:
@@ -231,7 +234,8 @@ class Session:
     def _plan_within(self, budget: int, home: Home, used: int) -> Plan:
         """What to load within ``budget``: more than home where memory allows, else what is left."""
         wished = self._planned(budget) if budget > home.budget else self._home_plan
-        return surrender(self.artifact, wished, self.plan, budget, used)
+        plan = surrender(self.artifact, wished, self.plan, budget, used)
+        return with_repacking(self.artifact, plan) if self._wish.repack else plan
 
     def _switch(self, plan: Plan, reason: str) -> None:
         before = self.plan.total_bytes if self._engine.is_loaded else 0

@@ -40,5 +40,5 @@ def surrender(catalog: Catalog, home: Plan, present: Plan, budget: int, used: in
             memory = memory_of(shape, context, kv_type, batch, held)
             if home.depths.weights_bytes + memory.total <= budget:
                 kept = replace(home, context=context, kv_type=kv_type, batch=batch, memory=memory)
-                return replace(kept, budget_bytes=budget)
+                return replace(kept, budget_bytes=budget, repack=False)
     return plan_budget(catalog, budget, needed, kv_types[-1], held)

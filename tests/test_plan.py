@@ -20,6 +20,7 @@ from edgekit.plan import (
     plan_tier,
     plan_weights,
     shape_in,
+    with_repacking,
 )
 from edgekit.planner import uniform
 
@@ -241,3 +242,20 @@ def test_a_plan_expects_the_measured_kl_of_its_weights(llama_artifact: Path) -> 
         opened.manifest = replace(opened.manifest, quality=rows)
         assert plan_weights(opened, least).expected_kl == pytest.approx(0.5)
         assert plan_json(opened, plan_weights(opened, least))["expected_kl"] == pytest.approx(0.5)
+
+
+def test_repacking_counts_a_tied_embedding_twice_and_the_largest_tensor_for_a_moment(
+    artifacts: dict[str, Path],
+) -> None:
+    for name, is_tied in (("llama", False), ("gemma2", True)):
+        catalog = open_catalog(artifacts[name])
+        plan = plan_budget(catalog, 1 << 30, 256)
+        sizes = {row["name"]: row["bytes"] for row in plan_json(catalog, plan)["tensors"]}
+        assert ("output.weight" not in sizes) == is_tied
+        more = sizes["token_embd.weight"] if is_tied else 0
+        buffers = plan.memory.kv_bytes + plan.memory.compute_bytes
+        more += max(0, max(sizes.values()) - buffers)
+        repacked = with_repacking(catalog, plan)
+        assert repacked.repack and repacked.total_bytes == plan.total_bytes + more
+        tight = replace(plan, budget_bytes=plan.total_bytes + more - 1)
+        assert with_repacking(catalog, tight) == (tight if more else with_repacking(catalog, tight))

@@ -241,6 +241,22 @@ def test_auto_maps_what_the_cache_has_and_writes_nothing(
         assert model.read_bytes()[-1:] != b"x"
 
 
+def test_repacking_is_counted_and_only_done_where_it_fits(artifact: Path) -> None:
+    with edgekit.load(artifact, ROOMY, 512, follow=False) as session:
+        plain = session.plan
+    with edgekit.load(artifact, ROOMY, 512, follow=False, repack=True) as session:
+        assert session.plan.repack and session.plan.total_bytes >= plain.total_bytes
+        assert len(text(session, 5)) > 0
+        session.resize(plain.total_bytes)  # nothing to spare, and depth is never paid for it
+        assert session.plan.depths == plain.depths
+        assert session.plan.repack == (plain.total_bytes >= session.plan.total_bytes)
+    with (
+        pytest.raises(UsageError, match="mapped weights cannot be repacked"),
+        edgekit.load(artifact, ROOMY, residency="mapped", repack=True),
+    ):
+        pass
+
+
 def test_unknown_words_are_refused(artifact: Path) -> None:
     with (
         pytest.raises(UnknownNameError, match="unknown residency 'maped'; did you mean 'mapped'"),

@@ -55,6 +55,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Change depth as memory pressure asks for.",
 )
+@click.option(
+    "--repack",
+    is_flag=True,
+    help="Let llama.cpp lay weights out for its fastest kernels, where that fits the budget too.",
+)
 @click.option("--threads", type=click.IntRange(1, 512), help="Threads; default: physical cores.")
 @options.as_json
 @options.verbose
@@ -72,6 +77,7 @@ def run(
     kv_type: str,
     residency: Any,
     follow: bool,
+    repack: bool,
     threads: int | None,
     as_json: bool,
     verbose: bool,
@@ -98,7 +104,9 @@ def run(
     sampling = Sampling(temperature, seed, ignore_eos=ignore_eos)
     with (
         progress_bars() as progress,
-        load(artifact, budget, context, kv_type, threads, residency, follow, progress) as session,
+        load(
+            artifact, budget, context, kv_type, threads, residency, follow, repack, progress
+        ) as session,
     ):
         child.needs(session.plan.total_bytes, session.plan.budget_bytes or 0)
         _obey_signals(session)
