@@ -19,6 +19,29 @@ AUTO_MARGIN_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
+class Names:
+    """How a version of control groups calls its files, and in ``memory.stat`` its counters.
+
+    Attributes:
+        limit: File with the limit.
+        use: File with what is used.
+        cache: Counters of file pages: inactive, active, mapped; of the group and those below.
+    """
+
+    limit: str
+    use: str
+    cache: tuple[str, str, str]
+
+
+V1 = Names(
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file", "total_mapped_file"),
+)
+V2 = Names("memory.max", "memory.current", ("inactive_file", "active_file", "file_mapped"))
+
+
+@dataclass(frozen=True)
 class FreeMemory:
     """Free bytes and where the number comes from."""
 
@@ -59,20 +82,17 @@ def _groups(root: Path, membership: Path) -> Iterator[FreeMemory]:
     for line in membership.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            yield from _walk(root, path, "memory.max", "memory.current", "inactive_file")
+            yield from _walk(root, path, V2)
         elif "memory" in controllers.split(","):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            yield from _walk(root / "memory", path, *names)
+            yield from _walk(root / "memory", path, V1)
 
 
-def _walk(
-    mount: Path, path: str, limit_name: str, use_name: str, cache_key: str
-) -> Iterator[FreeMemory]:
+def _walk(mount: Path, path: str, names: Names) -> Iterator[FreeMemory]:
     group = mount / path.lstrip("/")
     for folder in (group, *group.parents):
-        limit, use = _number(folder / limit_name), _number(folder / use_name)
+        limit, use = _number(folder / names.limit), _number(folder / names.use)
         if limit is not None and use is not None and limit < NO_LIMIT:
-            room = limit - use + _stat(folder / "memory.stat", cache_key)
+            room = limit - use + _idle_cache(folder / "memory.stat", names)
             yield FreeMemory(max(0, room), f"control group {folder}")
         if folder == mount:
             return
@@ -100,10 +120,12 @@ def _number(path: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _stat(path: Path, key: str) -> int:
-    """A counter of ``memory.stat``; inactive file pages can be had back at once: they are free."""
+def _idle_cache(path: Path, names: Names) -> int:
+    """File pages that can be had back at once: those that no process has mapped."""
     try:
-        lines = path.read_text().splitlines()
-    except OSError:
+        rows = (line.split() for line in path.read_text().splitlines())
+        counters = {row[0]: int(row[1]) for row in rows if len(row) == 2}
+    except (OSError, ValueError):
         return 0
-    return next((int(line.split()[1]) for line in lines if line.split()[0] == key), 0)
+    inactive, active, mapped = (counters.get(key, 0) for key in names.cache)
+    return inactive + max(0, active - mapped)

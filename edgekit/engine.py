@@ -21,7 +21,7 @@ from typing import IO, Any, Literal
 from edgekit import cache
 from edgekit.artifact import Artifact
 from edgekit.assembly import Assembly
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, MemoryShortError
 from edgekit.llama import Context, Model, State, open_model
 from edgekit.llama.context import default_threads
 from edgekit.materialize import materialize
@@ -29,6 +29,7 @@ from edgekit.plan import Plan
 from edgekit.planner import Depths
 from edgekit.progress import Progress, Silent
 
+Watch = Callable[[int], None]
 Residency = Literal["auto", "anon", "mapped"]
 RESIDENCIES = ("auto", "anon", "mapped")
 
@@ -86,8 +87,13 @@ class Engine:
             return len(self._saved.tokens)
         return len(self._context.tokens) if self._context is not None else 0
 
-    def load(self, plan: Plan) -> int:
+    def load(self, plan: Plan, watch: Watch | None = None) -> int:
         """Load ``plan`` instead of what is loaded; the conversation goes on.
+
+        Args:
+            plan: What to load.
+            watch: Called while weights come in, with the bytes so far; what it raises ends the
+                load.
 
         Returns:
             Bytes of weights that were loaded; 0 where only the context is another one.
@@ -101,7 +107,10 @@ class Engine:
         self._free(keep_weights=keeps)
         n_bytes = 0 if self._model is not None else plan.depths.weights_bytes
         try:
-            self._open(plan)
+            self._open(plan, watch)
+        except MemoryShortError:  # what was loaded before would not fit any more either
+            self._free()
+            raise
         except (EdgekitError, MemoryError):
             self._free()
             if before is not None and was_loaded:
@@ -146,24 +155,24 @@ class Engine:
             self._model = None
         _return_free_memory()
 
-    def _open(self, plan: Plan) -> None:
+    def _open(self, plan: Plan, watch: Watch | None = None) -> None:
         threads = self._settings.n_threads or default_threads()
         if self._model is None:
-            self._model = self._opened(plan, threads)
+            self._model = self._opened(plan, threads, watch)
         self._context = Context(
             self._model, plan.context, n_batch=plan.batch, kv_type=plan.kv_type, n_threads=threads
         )
         self.plan = plan
         self._artifact.release()
 
-    def _opened(self, plan: Plan, threads: int) -> Model:
+    def _opened(self, plan: Plan, threads: int, watch: Watch | None) -> Model:
         assembly = Assembly(self._artifact, plan.depths, threads)
         path = self._cached(plan, assembly.size)
         if path is not None:
             return open_model(path, header=assembly.gguf, residency="mapped")
         self._settings.progress.start("load", assembly.size)
         return open_model(
-            assembly,
+            assembly if watch is None else _Watched(assembly, watch),
             header=assembly.gguf,
             extra_bufts=plan.repack,
             progress=self._advance(assembly.size),
@@ -196,6 +205,19 @@ class Engine:
         materialize(self._artifact, plan.depths, path, n_threads=self._settings.n_threads)
         cache.stamp(path)
         return path
+
+
+class _Watched:
+    """A virtual file whose reader is told how far it is."""
+
+    def __init__(self, assembly: Assembly, watch: Watch) -> None:
+        self._assembly, self._watch = assembly, watch
+        self.size, self._n_read = assembly.size, 0
+
+    def read(self, offset: int, n: int) -> bytes:
+        self._watch(self._n_read)
+        self._n_read += n
+        return self._assembly.read(offset, n)
 
 
 def _weights_of(plan: Plan) -> tuple[Depths, bool]:

@@ -4,6 +4,7 @@ EdgekitError                1  failed
 ├── UsageError              2  the command or its options do not make sense
 │   └── UnknownNameError    2  a name that is not in a table
 ├── DoesNotFitError         3  more memory is needed than there is
+│   └── MemoryShortError    3  memory went away while a model was being loaded
 ├── DiskFullError           4  more disk is needed than there is
 └── RefusedError            5  unsafe or corrupt input
     └── UnsupportedError    5  sound input of a kind that edgekit does not know
@@ -41,6 +42,10 @@ class DoesNotFitError(EdgekitError):
     """A plan needs more memory than the budget holds."""
 
     exit_code = 3
+
+
+class MemoryShortError(DoesNotFitError):
+    """Memory went away while a model was being loaded; the load was ended before the kernel did."""
 
 
 class DiskFullError(EdgekitError):

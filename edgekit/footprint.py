@@ -23,7 +23,7 @@ BATCHES = (512, 256, 128, 64, 32)  # tokens computed at once; 512 is llama.cpp's
 CELLS = 256  # llama.cpp pads caches to a multiple of that
 MAX_LAYERS, MAX_COUNT = 1 << 12, 1 << 31  # of a model's facts; no allocation follows from more
 # Resident without a model, measured on x86-64 Linux: Python, numpy, the command line, llama.cpp
-PROCESS_BYTES = 56 << 20
+PROCESS_BYTES = 52 << 20
 # Chunks being decoded while a model loads, and pages of the artifact not yet handed back
 LOADING_BYTES = 14 << 20
 # llama.cpp's graph and tables of a model, and the vocabulary there and in Python: what four models

@@ -22,7 +22,7 @@ STALLED = 0.1  # share of time; beyond, memory is short whatever is called free
 STALL_CUT = 0.1  # of the total, given up when stalled
 STALL_SECONDS = 10.0  # the window of that share: until it is over, old stalls show
 CALM_SECONDS = 0.5  # at least; a change that takes longer needs proportionally more
-CALM_PER_CHANGE = 5.0  # seconds of calm per second that the last change took
+CALM_PER_CHANGE = 2.0  # seconds of calm per second that the last change took
 BACKOFF_LIMIT = 64.0  # the calm time doubles no further than this
 
 
@@ -59,6 +59,14 @@ class Governor:
         """Bytes that should stay free of ``available``, what the model takes included."""
         return min(self._reserve, available // 8)
 
+    def last_resort(self, reading: Reading, total: int) -> int:
+        """The budget below which the model is unloaded: only a quarter of the reserve stays free.
+
+        Arguments are those of `decide`.
+        """
+        available = reading.free_bytes + total
+        return available - self.reserve(available) // 4
+
     @property
     def calm_seconds(self) -> float:
         """How long memory must have been free before the budget rises."""
@@ -69,22 +77,27 @@ class Governor:
         self._change_seconds = seconds
         self._targets.clear()
 
-    def decide(self, now: float, reading: Reading, total: int) -> int | None:
+    def decide(
+        self, now: float, reading: Reading, total: int, *, is_loaded: bool = True
+    ) -> int | None:
         """The new budget in bytes, or ``None`` to stay.
 
         Args:
             now: Seconds on a clock that never goes back.
             reading: Of memory.
-            total: Bytes that the present plan takes; 0 while the model is unloaded.
+            total: Bytes that the present plan takes; without a model, those of the process alone.
+            is_loaded: Whether there is a model; without one, what fits is told at once.
         """
         available = reading.free_bytes + total
         reserve = self.reserve(available)
         target = available - 2 * reserve
         if self.home.is_cap:
             target = min(target, self.home.budget)
-        if total and reading.free_bytes < reserve and target < total:
+        if not is_loaded:
+            return target
+        if reading.free_bytes < reserve and target < total:
             return self._fall(now, target)
-        if total and self._is_stalled(now, reading, reserve):
+        if self._is_stalled(now, reading, reserve):
             self._stall_until = now + STALL_SECONDS
             return self._fall(now, min(target, round((1 - STALL_CUT) * total)))
         if reading.stalled > STALLED:

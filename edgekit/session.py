@@ -3,6 +3,7 @@
 Every change of depth happens between two calls of llama.cpp, so no token is lost.
 """
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,15 +11,19 @@ from dataclasses import dataclass, replace
 from edgekit.artifact import Artifact
 from edgekit.devices.memory import auto_budget
 from edgekit.devices.pressure import Reading, read_pressure
-from edgekit.engine import Engine, Settings
-from edgekit.errors import DoesNotFitError, EdgekitError, UsageError
+from edgekit.engine import Engine, Settings, Watch
+from edgekit.errors import DoesNotFitError, EdgekitError, MemoryShortError, UsageError
 from edgekit.footprint import PROCESS_BYTES
 from edgekit.governor import Governor, Home
 from edgekit.llama import Context, Generation, Message, Model, Sampling, chat_prompt, generate
 from edgekit.plan import Plan, plan_budget, with_repacking
+from edgekit.sizes import format_size
 from edgekit.surrender import surrender
 
+LARGE_HOST = 1.25  # times what edgekit alone holds: from there on the caller's own bytes count
 POLL_SECONDS = 0.05  # between two looks at memory pressure
+WATCH_SECONDS = 0.02  # the same while weights come in
+SHORTAGE = 0.95  # of what is still to come; less that is free ends a load
 PATIENCE_SECONDS = 60.0  # an unloaded model waits so long for memory to come back
 
 
@@ -81,7 +86,8 @@ class Session:
             held: Bytes the process held before the artifact was opened, llama.cpp included.
         """
         self.artifact, self._wish, self.changes = artifact, wish, list[Change]()
-        self._held, self._polled = max(PROCESS_BYTES, held), 0.0
+        self._held = held if held > LARGE_HOST * PROCESS_BYTES else PROCESS_BYTES
+        self._polled = 0.0
         self._pending: int | None = None
         self._engine = Engine(artifact, settings or Settings())
         budget = auto_budget().n_bytes if wish.budget is None else wish.budget
@@ -215,32 +221,69 @@ class Session:
         return self.context
 
     def _follow(self, governor: Governor, reading: Reading, need: int) -> None:
-        total = self.plan.total_bytes if self._engine.is_loaded else 0
-        budget = governor.decide(time.monotonic(), reading, total)
+        """Ask the governor, and obey until what is loaded is what memory allows."""
+        is_loaded = self._engine.is_loaded
+        total = self.plan.total_bytes if is_loaded else self._held
+        budget = governor.decide(time.monotonic(), reading, total, is_loaded=is_loaded)
         if budget is None:
             return
+        used = self._engine.n_tokens + need
+        last_resort = governor.last_resort(reading, total)
         try:
-            plan = self._plan_within(budget, governor.home, self._engine.n_tokens + need)
+            plan = self._plan_within((budget, last_resort), governor.home, used)
         except DoesNotFitError:
-            if self._engine.is_loaded:
+            if is_loaded:
                 self._engine.park()
                 self.changes.append(Change("pressure", total, 0, 0, 0.0))
             return
-        if self._engine.is_loaded and replace(self.plan, budget_bytes=plan.budget_bytes) == plan:
+        if is_loaded and replace(self.plan, budget_bytes=plan.budget_bytes) == plan:
             return
-        self._switch(plan, "pressure")
+        try:
+            self._switch(plan, "pressure", self._shortage_watch(plan))
+        except MemoryShortError:  # the next look finds what fits now
+            if is_loaded:
+                self.changes.append(Change("pressure", total, 0, 0, 0.0))
+            return
         governor.changed(self.changes[-1].seconds)
 
-    def _plan_within(self, budget: int, home: Home, used: int) -> Plan:
-        """What to load within ``budget``: more than home where memory allows, else what is left."""
+    def _shortage_watch(self, plan: Plan) -> Watch:
+        """Ends a load when less memory is free than is still to come."""
+        last, rest = 0.0, plan.total_bytes - self._held
+
+        def watch(n_bytes: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last < WATCH_SECONDS:
+                return
+            last, free = now, read_pressure().free_bytes
+            if free < SHORTAGE * (rest - n_bytes):
+                raise MemoryShortError(
+                    f"{format_size(rest - n_bytes)} are still to be loaded, {format_size(free)} "
+                    "are free"
+                )
+
+        return watch
+
+    def _plan_within(self, budgets: Sequence[int], home: Home, used: int) -> Plan:
+        """What to load: within the first of ``budgets`` that anything fits.
+
+        More than home where memory allows, else what is left of it.
+        """
+        *larger, last = budgets
+        for budget in larger:
+            with contextlib.suppress(DoesNotFitError):
+                return self._kept(budget, home, used)
+        return self._kept(last, home, used)
+
+    def _kept(self, budget: int, home: Home, used: int) -> Plan:
         wished = self._planned(budget) if budget > home.budget else self._home_plan
         plan = surrender(self.artifact, wished, self.plan, budget, used)
         return with_repacking(self.artifact, plan) if self._wish.repack else plan
 
-    def _switch(self, plan: Plan, reason: str) -> None:
+    def _switch(self, plan: Plan, reason: str, watch: Watch | None = None) -> None:
         before = self.plan.total_bytes if self._engine.is_loaded else 0
         started = time.monotonic()
-        n_bytes = self._engine.load(plan)
+        n_bytes = self._engine.load(plan, watch)
         seconds = time.monotonic() - started
         self.changes.append(Change(reason, before, plan.total_bytes, n_bytes, seconds))
 

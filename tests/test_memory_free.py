@@ -22,14 +22,19 @@ def write(folder: Path, **files: object) -> None:
         (folder / name.replace("_", ".", 1)).write_text(f"{content}\n")
 
 
-def v2(folder: Path, limit: object, use: int, inactive: int = 0, active: int = 0) -> None:
-    stat = f"anon 1\nfile 2\nactive_file {active}\ninactive_file {inactive}"
+def v2(
+    folder: Path, limit: object, use: int, inactive: int = 0, active: int = 0, mapped: int = 0
+) -> None:
+    stat = f"anon 1\nfile 2\nfile_mapped {mapped}\nactive_file {active}\ninactive_file {inactive}"
     write(folder, memory_max=limit, memory_current=use, memory_stat=stat)
 
 
-def v1(folder: Path, limit: object, use: int, inactive: int = 0) -> None:
-    # inactive_file counts the group alone, total_inactive_file the groups below it too
-    stat = f"cache 1\ninactive_file 0\ntotal_inactive_file {inactive}"
+def v1(
+    folder: Path, limit: object, use: int, inactive: int = 0, active: int = 0, mapped: int = 0
+) -> None:
+    # the counters without total_ are of the group alone, those with it of the groups below it too
+    stat = f"cache 1\ninactive_file 0\ntotal_inactive_file {inactive}\nmapped_file 0"
+    stat += f"\ntotal_active_file {active}\ntotal_mapped_file {mapped}"
     write(folder, memory_limit_in_bytes=limit, memory_usage_in_bytes=use, memory_stat=stat)
 
 
@@ -40,17 +45,14 @@ def found(tmp_path: Path, membership: str) -> tuple[int, str]:
     return free.n_bytes, free.source
 
 
-def test_v2_room_is_limit_less_use_and_idle_cache_counts_as_free(tmp_path: Path) -> None:
-    group = tmp_path / "cgroup" / "app.slice" / "run"
-    v2(group, 10 * MIB, 7 * MIB, inactive=2 * MIB, active=3 * MIB)
-    assert found(tmp_path, "0::/app.slice/run\n") == (5 * MIB, f"control group {group}")
-
-
-def test_v1_room_is_limit_less_use_and_idle_cache_counts_as_free(tmp_path: Path) -> None:
-    group = tmp_path / "cgroup" / "memory" / "docker" / "abc"
-    v1(group, 10 * MIB, 7 * MIB, inactive=2 * MIB)
+@pytest.mark.parametrize("make", [v1, v2])
+def test_room_is_limit_less_use_and_cache_that_nobody_maps_is_free(tmp_path: Path, make) -> None:
+    group = tmp_path / "cgroup" / ("memory/docker/abc" if make is v1 else "app.slice/run")
     lines = "12:cpu,cpuacct:/other\n4:memory:/docker/abc\n0::/\n"
-    assert found(tmp_path, lines) == (5 * MIB, f"control group {group}")
+    lines = lines if make is v1 else "0::/app.slice/run\n"
+    for inactive, active, mapped, free in ((2, 0, 0, 5), (2, 3, 1, 7), (2, 3, 3, 5), (0, 1, 2, 3)):
+        make(group, 10 * MIB, 7 * MIB, inactive * MIB, active * MIB, mapped * MIB)
+        assert found(tmp_path, lines) == (free * MIB, f"control group {group}")
 
 
 @pytest.mark.parametrize("make", [v1, v2])

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from bench.checkpoints import Shape
 from control_groups import real_group
 from converted import tiny, weighted
+from tiny_artifact import make_artifact
 
 MIB = 1 << 20
 EDGEKIT = [sys.executable, "-m", "edgekit"]
@@ -25,6 +27,21 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("run")
     checkpoint = tiny(folder / "c", dtype="bfloat16", width="wide", num_hidden_layers=6)
     return str(weighted(checkpoint, folder / "a").artifact)
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """40 M parameters: 80 MiB of weights at the top depth, 14 MiB at the lowest."""
+    shape = Shape(
+        num_hidden_layers=6,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        head_dim=64,
+        vocab_size=4096,
+    )
+    return str(make_artifact(tmp_path_factory.mktemp("larger"), shape))
 
 
 def smallest(artifact: str, context: int) -> int:
@@ -43,13 +60,17 @@ def running(*words: str) -> Iterator["subprocess.Popen[str]"]:
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert process.stderr is not None
-        while "planned" not in (line := process.stderr.readline()):
-            assert line, "it ended before it had loaded"
+        wait_until_loaded(process)
         try:
             yield process
         finally:
             process.kill()
+
+
+def wait_until_loaded(process: "subprocess.Popen[str]") -> None:
+    assert process.stderr is not None
+    while "planned" not in (line := process.stderr.readline()):
+        assert line, "it ended before it had loaded"
 
 
 def child_of(process: "subprocess.Popen[str]") -> psutil.Process:
@@ -170,25 +191,26 @@ def test_a_plan_needs_no_weights_on_disk(artifact: str, tmp_path: Path) -> None:
     assert answers[0] == answers[1]
 
 
-def test_a_limit_that_falls_and_rises_kills_nothing_and_loses_no_token(artifact: str) -> None:
-    """A group lowered in steps to little more than the smallest budget and raised again."""
-    context = 2304
-    least, top = smallest(artifact, context) + 12, smallest(artifact, context) + 60
-    steps = [top - (top - least) * i // 8 for i in range(9)]
+def test_a_limit_that_falls_and_rises_kills_nothing_and_loses_no_token(larger: str) -> None:
+    """A group lowered in steps to the smallest budget and raised again, in mid-generation."""
+    least, steps = smallest(larger, 1536), 6
+    top = least + 110
+    budget = (least + 80) * MIB
+    sizes = [top - (top - least) * i // steps for i in range(steps + 1)]
     with real_group(top * MIB) as group:
-        words = ["run", artifact, "--context", str(context), "-p", "def", "-n", "2000"]
-        process = group.start([*EDGEKIT, *words, "--ignore-eos", "--json", "--threads", "1"])
-        assert process.stderr is not None
-        while "planned" not in (line := process.stderr.readline()):
-            assert line
-        for size in [*steps, *reversed(steps)]:
+        words = ["run", larger, "--context", "1536", "-p", "def", "-n", "1400", "--json"]
+        process = group.start([*EDGEKIT, *words, "--ignore-eos", "--budget", str(budget)])
+        wait_until_loaded(process)
+        for size in [*sizes, *reversed(sizes)]:
             _lower(group, size * MIB)
-            time.sleep(0.1)
+            time.sleep(0.2)
         out, err = process.communicate()
         assert process.returncode == 0, err
     body = json.loads(out)
-    assert body["n_gen"] == 2000
-    assert len(body["changes"]) <= 2 * len(steps) + 2
+    assert body["n_gen"] == 1400
+    assert 2 <= len(body["changes"]) <= 2 * 2 * steps
+    assert min(change["after_bytes"] for change in body["changes"]) < least * MIB + 20 * MIB
+    assert body["plan"]["budget_bytes"] == budget  # back where it began
 
 
 def _lower(group: object, n_bytes: int) -> None:
@@ -200,3 +222,33 @@ def _lower(group: object, n_bytes: int) -> None:
         except OSError:
             time.sleep(0.05)
     raise AssertionError(f"the process did not give way to a limit of {n_bytes} bytes")
+
+
+HOG = """
+import sys, time
+top, held = int(sys.argv[1]), []
+for _ in range(20):
+    block = bytearray(top // 20)
+    block[::4096] = b"x" * len(block[::4096])
+    held.append(block)
+    time.sleep(0.05)
+time.sleep(0.5)
+"""
+
+
+def test_a_neighbour_that_eats_memory_takes_depth_and_gives_it_back(larger: str) -> None:
+    """Nobody changes the limit: a second process in the same group takes what was free."""
+    size = smallest(larger, 1536) + 110
+    budget = (size - 30) * MIB
+    with real_group(size * MIB) as group:
+        words = ["run", larger, "--context", "1536", "-p", "def", "-n", "1400", "--json"]
+        process = group.start([*EDGEKIT, *words, "--ignore-eos", "--budget", str(budget)])
+        wait_until_loaded(process)
+        hog = group.start([sys.executable, "-c", HOG, str(80 * MIB)])
+        out, err = process.communicate()
+        hog.communicate()
+        assert (process.returncode, hog.returncode) == (0, 0), err
+    body = json.loads(out)
+    assert body["n_gen"] == 1400
+    assert 2 <= len(body["changes"]) <= 10
+    assert body["plan"]["budget_bytes"] == budget

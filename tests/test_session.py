@@ -176,7 +176,9 @@ def test_when_nothing_fits_the_model_goes_and_the_conversation_waits(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readings = iter([Reading(0)] * 10 + [Reading(4 << 30)] * 10_000)
-    monkeypatch.setattr("edgekit.governor.Governor.reserve", lambda self, n: n // 2)
+    monkeypatch.setattr(
+        "edgekit.governor.Governor.reserve", lambda self, n: 4 * n if n < ROOMY else n // 8
+    )
     monkeypatch.setattr("edgekit.session.read_pressure", lambda: Reading(4 << 30))
     with edgekit.load(artifact, budget=ROOMY, context=512) as session:
         total = session.plan.total_bytes
@@ -191,12 +193,29 @@ def test_when_nothing_fits_the_model_goes_and_the_conversation_waits(
         assert (first.before_bytes, first.after_bytes, last.before_bytes) == (total, 0, 0)
 
 
+def test_memory_that_goes_while_a_depth_loads_ends_the_load(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The load that pressure began is given up half-way; what fits then is loaded instead."""
+    monkeypatch.setattr("edgekit.session.WATCH_SECONDS", 0.0)
+    monkeypatch.setattr("edgekit.governor.Governor.reserve", lambda self, n: n // 3)
+    with edgekit.load(artifact, budget=ROOMY, context=512) as session:
+        ids = session.model.tokenize("The quick brown fox")
+        session.context.decode(ids)
+        looks = iter([Reading(1 << 30)] * 3 + [Reading(1 * MIB)] + [Reading(4 << 30)] * 10_000)
+        monkeypatch.setattr("edgekit.session.read_pressure", lambda: next(looks))
+        session.adapt(reading=Reading(0), need=10)
+        assert [c.after_bytes for c in session.changes] == [0, session.plan.total_bytes]
+        assert session.context.tokens == ids
+        assert next(looks).free_bytes == 4 << 30  # the shortage was seen
+
+
 def test_memory_that_never_comes_back_ends_with_one_line(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edgekit.session.PATIENCE_SECONDS", 0.2)
     with edgekit.load(artifact, budget=ROOMY, context=512) as session:
-        monkeypatch.setattr("edgekit.governor.Governor.reserve", lambda self, n: n // 2)
+        monkeypatch.setattr("edgekit.governor.Governor.reserve", lambda self, n: 4 * n)
         monkeypatch.setattr("edgekit.session.read_pressure", lambda: Reading(0))
         with pytest.raises(DoesNotFitError, match=r"memory did not come back in 0 s"):
             session.adapt(reading=Reading(0))
