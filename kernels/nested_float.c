@@ -128,7 +128,7 @@ INLINE int join_float_to(int parent_type, int child_type, size_t n, const uint8_
     for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += UNIT * size) {
         const int m = n - done < UNIT ? (int)(n - done) : UNIT;
         int32_t predicted[UNIT];
-        int16_t negate[UNIT], residual[UNIT] = {0};
+        int16_t negate[UNIT], residual[UNIT];
         uint8_t stream[UNIT];
         const int bad = streams_check(streams, FLOAT_STREAMS);
         if (bad) return bad;
@@ -139,19 +139,19 @@ INLINE int join_float_to(int parent_type, int child_type, size_t n, const uint8_
         unit_predict_float(parent_type, child_type, m, parent, predicted, negate, stream);
         collect(streams, m, stream, residual);
         if (child_type == T_F32) {
-            uint32_t bits[UNIT];
             for (int i = 0; i < m; i++) {
                 const size_t at = done + (size_t)i;
                 const int16_t low = (int16_t)(uint16_t)(rest[at] | rest[n + at] << 8);
                 const uint32_t whole = ((uint32_t)(uint16_t)residual[i] << 16) + (uint32_t)low;
-                bits[i] = ordered32((uint32_t)predicted[i] + whole);
+                const uint32_t bits = ordered32((uint32_t)predicted[i] + whole);
+                memcpy(child + 4 * i, &bits, 4);
             }
-            memcpy(child, bits, (size_t)m * 4);
         } else {
-            int16_t bits[UNIT];
-            for (int i = 0; i < UNIT; i++)
-                bits[i] = (int16_t)ordered16(predicted[i] + ((residual[i] ^ negate[i]) - negate[i]));
-            memcpy(child, bits, (size_t)m * 2);
+            for (int i = 0; i < m; i++) {
+                const int32_t flipped = (residual[i] ^ negate[i]) - negate[i];
+                const int16_t bits = (int16_t)ordered16(predicted[i] + flipped);
+                memcpy(child + 2 * i, &bits, 2);
+            }
         }
     }
     return streams_finish(streams, FLOAT_STREAMS);
