@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,19 @@ class Piece:
     make: Callable[[], memoryview]
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Rows ``[start, stop)`` of one expert, chunk ``index`` of ``n_chunks``, at a depth."""
+
+    stack: Stack
+    depth: int
+    expert: int
+    index: int
+    n_chunks: int
+    start: int
+    stop: int
+
+
 class Assembly:
     """The GGUF of ``artifact`` at ``depths``, readable from any offset.
 
@@ -52,6 +66,7 @@ class Assembly:
         self._artifact, self._depths, self._n_threads = artifact, depths, n_threads
         self.gguf, self._head = self._header()
         self._payloads = lru_cache(maxsize=64)(self._split)
+        self._locks: dict[tuple[str, int, int], Lock] = {}
         self._pieces = list(self._lay_out())
         self._offsets = [piece.offset for piece in self._pieces]
         self.size = self._pieces[-1].offset + self._pieces[-1].n_bytes
@@ -60,19 +75,28 @@ class Assembly:
 
     def read(self, offset: int, n_bytes: int) -> bytes:
         """The bytes ``[offset, offset + n_bytes)``, fewer at the end; fast when read in order."""
+        data = bytearray(max(0, min(n_bytes, self.size - offset)))
+        self.readinto(offset, memoryview(data))
+        return bytes(data)
+
+    def readinto(self, offset: int, buffer: memoryview) -> int:
+        """Fill ``buffer``, uint8, with the bytes from ``offset``; fast when read in order.
+
+        Returns:
+            How many bytes that are: fewer than ``buffer`` holds at the end of the file.
+        """
         if offset != self._position:
             self._rest, self._stream = _NOTHING, self.stream(offset)
         self._position = -1  # until all of it is here: what fails is tried anew
-        left = max(0, min(n_bytes, self.size - offset))
-        got = []
-        while left:
+        done, n_bytes = 0, max(0, min(len(buffer), self.size - offset))
+        while done < n_bytes:
             block = self._rest or next(self._stream)
-            got.append(block[:left])
-            self._rest = block[left:]
-            left -= len(got[-1])
-        data = b"".join(got)
-        self._position = offset + len(data)
-        return data
+            here = min(len(block), n_bytes - done)
+            buffer[done : done + here] = block[:here]
+            self._rest = block[here:]
+            done += here
+        self._position = offset + done
+        return done
 
     def stream(self, offset: int = 0) -> Iterator[memoryview]:
         """The bytes from ``offset`` to the end, decoded a few chunks ahead on the threads."""
@@ -113,35 +137,39 @@ class Assembly:
     def _chunks(self, stack: Stack, at: int) -> Iterator[Piece]:
         tier = self._depths.tier(stack.name)
         depth, row = stack.depth_of(tier), row_bytes(stack.type_at(tier), stack.cols)
-        ranges = self._ranges(stack)
+        rows = stack.n_weights // stack.cols // stack.n_experts
+        ranges = row_ranges(rows, stack.cols, self._artifact.manifest.chunk_weights)
         for expert in range(stack.n_experts):
             for index, (start, stop) in enumerate(ranges):
+                chunk = Chunk(stack, depth, expert, index, len(ranges), start, stop)
                 n_bytes = (stop - start) * row
-                yield Piece(at, n_bytes, partial(self._decode, stack, depth, expert, index))
+                yield Piece(at, n_bytes, partial(self._decode, chunk))
                 at += n_bytes
 
-    def _ranges(self, stack: Stack) -> list[tuple[int, int]]:
-        rows = stack.n_weights // stack.cols // stack.n_experts
-        return row_ranges(rows, stack.cols, self._artifact.manifest.chunk_weights)
-
-    def _decode(self, stack: Stack, depth: int, expert: int, index: int) -> memoryview:
+    def _decode(self, chunk: Chunk) -> memoryview:
         """Decode one chunk: its level 0 blocks, lifted level by level."""
-        start, stop = self._ranges(stack)[index]
-        base, row = stack.levels[0], row_bytes(stack.type_at(stack.tiers[0]), stack.cols)
-        raw = self._artifact.part(base, expert)[start * row : stop * row]
+        stack = chunk.stack
+        row = row_bytes(stack.type_at(stack.tiers[0]), stack.cols)
+        raw = self._part(stack, 0, chunk.expert)[chunk.start * row : chunk.stop * row]
         blocks: ByteArray = np.frombuffer(raw, np.uint8)
-        for parent, level in zip(stack.levels, stack.levels[1:depth], strict=False):
+        for depth in range(1, chunk.depth):
+            parent, level = stack.levels[depth - 1 : depth + 1]
             blocks = CODECS[level.codec].decode_chunk(
                 stack.type_at(parent.tier),
                 stack.type_at(level.tier),
                 blocks,
-                self._payloads(level, expert, len(self._ranges(stack)))[index],
-                (stop - start) * stack.cols,
+                self._payloads(stack.name, depth, chunk.expert, chunk.n_chunks)[chunk.index],
+                (chunk.stop - chunk.start) * stack.cols,
             )
         return blocks.data
 
-    def _split(self, level: Level, expert: int, n_chunks: int) -> list[memoryview]:
-        return split_frames(self._artifact.part(level, expert), n_chunks)
+    def _split(self, name: str, depth: int, expert: int, n_chunks: int) -> list[memoryview]:
+        return split_frames(self._part(self._artifact.stack(name), depth, expert), n_chunks)
+
+    def _part(self, stack: Stack, depth: int, expert: int) -> memoryview:
+        """A part's bytes; one thread takes their hash, others that need them wait for it."""
+        with self._locks.setdefault((stack.name, depth, expert), Lock()):
+            return self._artifact.part(stack.levels[depth], expert)
 
 
 def _view(data: bytes) -> memoryview:
