@@ -5,9 +5,8 @@ chunks being decoded.
 """
 
 from bisect import bisect_right
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
@@ -24,7 +23,7 @@ from edgekit.exporters.gguf import Gguf, TensorInfo, header_bytes, padded
 from edgekit.exporters.gguf_values import u32
 from edgekit.kernels.ggml import row_bytes
 from edgekit.planner import Depths
-from edgekit.stack import Level, Stack
+from edgekit.stack import Stack
 
 ByteArray = npt.NDArray[np.uint8]
 _NOTHING = memoryview(b"")
@@ -38,6 +37,44 @@ class Piece:
     offset: int
     n_bytes: int
     make: Callable[[], memoryview]
+
+
+class Ahead:
+    """Pieces made on threads before they are asked for.
+
+    llama.cpp reads tensors in another order than files have them: what was given once is not made
+    ahead again, what was made and passed over is kept until its turn comes or it is too much.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], n_threads: int) -> None:
+        """Take ``pieces``; nothing is made yet."""
+        self._pieces, self._n_ahead = pieces, 2 * n_threads
+        self._pool = ThreadPoolExecutor(n_threads)
+        self._made: dict[int, Future[memoryview]] = {}  # oldest first
+        self._given: set[int] = set()
+
+    def piece(self, index: int) -> memoryview:
+        """The bytes of piece ``index``; the next ones are begun."""
+        self._given.add(index)
+        later = (i for i in range(index + 1, len(self._pieces)) if i not in self._given)
+        for i in (index, *islice(later, self._n_ahead)):
+            if i not in self._made:
+                self._made[i] = self._pool.submit(self._pieces[i].make)
+        try:
+            block = self._made.pop(index).result()
+        except BaseException:
+            self.drop()
+            raise
+        while len(self._made) > 2 * self._n_ahead:
+            self._made.pop(next(iter(self._made))).cancel()
+        return block
+
+    def drop(self) -> None:
+        """Forget what was made ahead, once the threads have let go of it."""
+        for made in self._made.values():
+            made.cancel()
+        wait(self._made.values())
+        self._made.clear()
 
 
 @dataclass(frozen=True)
@@ -70,8 +107,9 @@ class Assembly:
         self._pieces = list(self._lay_out())
         self._offsets = [piece.offset for piece in self._pieces]
         self.size = self._pieces[-1].offset + self._pieces[-1].n_bytes
+        self._ahead = Ahead(self._pieces, n_threads)
         self._n_done = 0  # pieces, over all streams
-        self._position, self._stream, self._rest = 0, self.stream(), _NOTHING
+        self._at, self._rest = 0, _NOTHING  # what was decoded and not yet read, and its offset
 
     def read(self, offset: int, n_bytes: int) -> bytes:
         """The bytes ``[offset, offset + n_bytes)``, fewer at the end; fast when read in order."""
@@ -85,34 +123,36 @@ class Assembly:
         Returns:
             How many bytes that are: fewer than ``buffer`` holds at the end of the file.
         """
-        if offset != self._position:
-            self._rest, self._stream = _NOTHING, self.stream(offset)
-        self._position = -1  # until all of it is here: what fails is tried anew
         done, n_bytes = 0, max(0, min(len(buffer), self.size - offset))
         while done < n_bytes:
-            block = self._rest or next(self._stream)
-            here = min(len(block), n_bytes - done)
-            buffer[done : done + here] = block[:here]
-            self._rest = block[here:]
+            if not self._rest or self._at != offset + done:
+                self._rest = self._bytes_from(self._ahead, offset + done)
+            here = min(len(self._rest), n_bytes - done)
+            buffer[done : done + here] = self._rest[:here]
+            self._rest = self._rest[here:]
             done += here
-        self._position = offset + done
+            self._at = offset + done
         return done
 
     def stream(self, offset: int = 0) -> Iterator[memoryview]:
         """The bytes from ``offset`` to the end, decoded a few chunks ahead on the threads."""
-        first = max(0, bisect_right(self._offsets, offset) - 1)
-        skip = offset - self._pieces[first].offset
-        with ThreadPoolExecutor(self._n_threads) as pool:
-            todo = iter(self._pieces[first:])
-            ahead: deque[Future[memoryview]] = deque()
-            ahead.extend(pool.submit(p.make) for p in islice(todo, 2 * self._n_threads))
-            while ahead:
-                block = ahead.popleft().result()
-                ahead.extend(pool.submit(p.make) for p in islice(todo, 1))
-                yield block[skip:]
-                skip, self._n_done = 0, self._n_done + 1
-                if self._n_done % RELEASE_EVERY == 0:
-                    self._artifact.release()
+        ahead = Ahead(self._pieces, self._n_threads)
+        try:
+            while offset < self.size:
+                block = self._bytes_from(ahead, offset)
+                offset += len(block)
+                yield block
+        finally:
+            ahead.drop()
+
+    def _bytes_from(self, ahead: Ahead, offset: int) -> memoryview:
+        """The rest of the piece that has the byte at ``offset``."""
+        index = bisect_right(self._offsets, offset) - 1
+        block = ahead.piece(index)[offset - self._offsets[index] :]
+        self._n_done += 1
+        if self._n_done % RELEASE_EVERY == 0:
+            self._artifact.release()
+        return block
 
     def _lay_out(self) -> Iterator[Piece]:
         head, at = self._head, len(self._head)
