@@ -76,6 +76,11 @@ class Ahead:
         wait(self._made.values())
         self._made.clear()
 
+    def close(self) -> None:
+        """Let the threads go, and the scratch memory that each one keeps."""
+        self.drop()
+        self._pool.shutdown()
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -143,7 +148,7 @@ class Assembly:
                 offset += len(block)
                 yield block
         finally:
-            ahead.drop()
+            ahead.close()
 
     def _bytes_from(self, ahead: Ahead, offset: int) -> memoryview:
         """The rest of the piece that has the byte at ``offset``."""
