@@ -32,7 +32,15 @@ setup(
             "edgekit.kernels._nested",
             sources=[
                 f"kernels/{name}.c"
-                for name in ("blocks", "level", "nested", "nested_float", "packing", "wide")
+                for name in (
+                    "blocks",
+                    "level",
+                    "nested",
+                    "nested_float",
+                    "packing",
+                    "wide",
+                    "wide_float",
+                )
             ],
             depends=[f"kernels/{name}.h" for name in ("native", "blocks", "units", "wide")],
             optional=True,

@@ -5,12 +5,12 @@ chunks being decoded.
 """
 
 from bisect import bisect_right
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from edgekit.exporters.gguf import Gguf, TensorInfo, header_bytes, padded
 from edgekit.exporters.gguf_values import u32
 from edgekit.kernels.ggml import row_bytes
 from edgekit.planner import Depths
-from edgekit.stack import Level, Stack
+from edgekit.stack import Stack
 
 ByteArray = npt.NDArray[np.uint8]
 _NOTHING = memoryview(b"")
@@ -39,6 +39,62 @@ class Piece:
     make: Callable[[], memoryview]
 
 
+class Ahead:
+    """Pieces made on threads before they are asked for.
+
+    llama.cpp reads tensors in another order than files have them: what was given once is not made
+    ahead again, what was made and passed over is kept until its turn comes or it is too much.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], n_threads: int) -> None:
+        """Take ``pieces``; nothing is made yet."""
+        self._pieces, self._n_ahead = pieces, 2 * n_threads
+        self._pool = ThreadPoolExecutor(n_threads)
+        self._made: dict[int, Future[memoryview]] = {}  # oldest first
+        self._given: set[int] = set()
+
+    def piece(self, index: int) -> memoryview:
+        """The bytes of piece ``index``; the next ones are begun."""
+        self._given.add(index)
+        later = (i for i in range(index + 1, len(self._pieces)) if i not in self._given)
+        for i in (index, *islice(later, self._n_ahead)):
+            if i not in self._made:
+                self._made[i] = self._pool.submit(self._pieces[i].make)
+        try:
+            block = self._made.pop(index).result()
+        except BaseException:
+            self.drop()
+            raise
+        while len(self._made) > 2 * self._n_ahead:
+            self._made.pop(next(iter(self._made))).cancel()
+        return block
+
+    def drop(self) -> None:
+        """Forget what was made ahead, once the threads have let go of it."""
+        for made in self._made.values():
+            made.cancel()
+        wait(self._made.values())
+        self._made.clear()
+
+    def close(self) -> None:
+        """Let the threads go, and the scratch memory that each one keeps."""
+        self.drop()
+        self._pool.shutdown()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows ``[start, stop)`` of one expert, chunk ``index`` of ``n_chunks``, at a depth."""
+
+    stack: Stack
+    depth: int
+    expert: int
+    index: int
+    n_chunks: int
+    start: int
+    stop: int
+
+
 class Assembly:
     """The GGUF of ``artifact`` at ``depths``, readable from any offset.
 
@@ -52,43 +108,56 @@ class Assembly:
         self._artifact, self._depths, self._n_threads = artifact, depths, n_threads
         self.gguf, self._head = self._header()
         self._payloads = lru_cache(maxsize=64)(self._split)
+        self._locks: dict[tuple[str, int, int], Lock] = {}
         self._pieces = list(self._lay_out())
         self._offsets = [piece.offset for piece in self._pieces]
         self.size = self._pieces[-1].offset + self._pieces[-1].n_bytes
+        self._ahead = Ahead(self._pieces, n_threads)
         self._n_done = 0  # pieces, over all streams
-        self._position, self._stream, self._rest = 0, self.stream(), _NOTHING
+        self._at, self._rest = 0, _NOTHING  # what was decoded and not yet read, and its offset
 
     def read(self, offset: int, n_bytes: int) -> bytes:
         """The bytes ``[offset, offset + n_bytes)``, fewer at the end; fast when read in order."""
-        if offset != self._position:
-            self._rest, self._stream = _NOTHING, self.stream(offset)
-        self._position = -1  # until all of it is here: what fails is tried anew
-        left = max(0, min(n_bytes, self.size - offset))
-        got = []
-        while left:
-            block = self._rest or next(self._stream)
-            got.append(block[:left])
-            self._rest = block[left:]
-            left -= len(got[-1])
-        data = b"".join(got)
-        self._position = offset + len(data)
-        return data
+        data = bytearray(max(0, min(n_bytes, self.size - offset)))
+        self.readinto(offset, memoryview(data))
+        return bytes(data)
+
+    def readinto(self, offset: int, buffer: memoryview) -> int:
+        """Fill ``buffer``, uint8, with the bytes from ``offset``; fast when read in order.
+
+        Returns:
+            How many bytes that are: fewer than ``buffer`` holds at the end of the file.
+        """
+        done, n_bytes = 0, max(0, min(len(buffer), self.size - offset))
+        while done < n_bytes:
+            if not self._rest or self._at != offset + done:
+                self._rest = self._bytes_from(self._ahead, offset + done)
+            here = min(len(self._rest), n_bytes - done)
+            buffer[done : done + here] = self._rest[:here]
+            self._rest = self._rest[here:]
+            done += here
+            self._at = offset + done
+        return done
 
     def stream(self, offset: int = 0) -> Iterator[memoryview]:
         """The bytes from ``offset`` to the end, decoded a few chunks ahead on the threads."""
-        first = max(0, bisect_right(self._offsets, offset) - 1)
-        skip = offset - self._pieces[first].offset
-        with ThreadPoolExecutor(self._n_threads) as pool:
-            todo = iter(self._pieces[first:])
-            ahead: deque[Future[memoryview]] = deque()
-            ahead.extend(pool.submit(p.make) for p in islice(todo, 2 * self._n_threads))
-            while ahead:
-                block = ahead.popleft().result()
-                ahead.extend(pool.submit(p.make) for p in islice(todo, 1))
-                yield block[skip:]
-                skip, self._n_done = 0, self._n_done + 1
-                if self._n_done % RELEASE_EVERY == 0:
-                    self._artifact.release()
+        ahead = Ahead(self._pieces, self._n_threads)
+        try:
+            while offset < self.size:
+                block = self._bytes_from(ahead, offset)
+                offset += len(block)
+                yield block
+        finally:
+            ahead.close()
+
+    def _bytes_from(self, ahead: Ahead, offset: int) -> memoryview:
+        """The rest of the piece that has the byte at ``offset``."""
+        index = bisect_right(self._offsets, offset) - 1
+        block = ahead.piece(index)[offset - self._offsets[index] :]
+        self._n_done += 1
+        if self._n_done % RELEASE_EVERY == 0:
+            self._artifact.release()
+        return block
 
     def _lay_out(self) -> Iterator[Piece]:
         head, at = self._head, len(self._head)
@@ -113,35 +182,39 @@ class Assembly:
     def _chunks(self, stack: Stack, at: int) -> Iterator[Piece]:
         tier = self._depths.tier(stack.name)
         depth, row = stack.depth_of(tier), row_bytes(stack.type_at(tier), stack.cols)
-        ranges = self._ranges(stack)
+        rows = stack.n_weights // stack.cols // stack.n_experts
+        ranges = row_ranges(rows, stack.cols, self._artifact.manifest.chunk_weights)
         for expert in range(stack.n_experts):
             for index, (start, stop) in enumerate(ranges):
+                chunk = Chunk(stack, depth, expert, index, len(ranges), start, stop)
                 n_bytes = (stop - start) * row
-                yield Piece(at, n_bytes, partial(self._decode, stack, depth, expert, index))
+                yield Piece(at, n_bytes, partial(self._decode, chunk))
                 at += n_bytes
 
-    def _ranges(self, stack: Stack) -> list[tuple[int, int]]:
-        rows = stack.n_weights // stack.cols // stack.n_experts
-        return row_ranges(rows, stack.cols, self._artifact.manifest.chunk_weights)
-
-    def _decode(self, stack: Stack, depth: int, expert: int, index: int) -> memoryview:
+    def _decode(self, chunk: Chunk) -> memoryview:
         """Decode one chunk: its level 0 blocks, lifted level by level."""
-        start, stop = self._ranges(stack)[index]
-        base, row = stack.levels[0], row_bytes(stack.type_at(stack.tiers[0]), stack.cols)
-        raw = self._artifact.part(base, expert)[start * row : stop * row]
+        stack = chunk.stack
+        row = row_bytes(stack.type_at(stack.tiers[0]), stack.cols)
+        raw = self._part(stack, 0, chunk.expert)[chunk.start * row : chunk.stop * row]
         blocks: ByteArray = np.frombuffer(raw, np.uint8)
-        for parent, level in zip(stack.levels, stack.levels[1:depth], strict=False):
+        for depth in range(1, chunk.depth):
+            parent, level = stack.levels[depth - 1 : depth + 1]
             blocks = CODECS[level.codec].decode_chunk(
                 stack.type_at(parent.tier),
                 stack.type_at(level.tier),
                 blocks,
-                self._payloads(level, expert, len(self._ranges(stack)))[index],
-                (stop - start) * stack.cols,
+                self._payloads(stack.name, depth, chunk.expert, chunk.n_chunks)[chunk.index],
+                (chunk.stop - chunk.start) * stack.cols,
             )
         return blocks.data
 
-    def _split(self, level: Level, expert: int, n_chunks: int) -> list[memoryview]:
-        return split_frames(self._artifact.part(level, expert), n_chunks)
+    def _split(self, name: str, depth: int, expert: int, n_chunks: int) -> list[memoryview]:
+        return split_frames(self._part(self._artifact.stack(name), depth, expert), n_chunks)
+
+    def _part(self, stack: Stack, depth: int, expert: int) -> memoryview:
+        """A part's bytes; one thread takes their hash, others that need them wait for it."""
+        with self._locks.setdefault((stack.name, depth, expert), Lock()):
+            return self._artifact.part(stack.levels[depth], expert)
 
 
 def _view(data: bytes) -> memoryview:

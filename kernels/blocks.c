@@ -84,13 +84,14 @@ void blocks_write_codes(int type, int n, uint8_t *p, const uint8_t code[UNIT]) {
 void blocks_read_scales(int type, int n, const uint8_t *p, float scale[GROUPS],
                         float offset[GROUPS]) {
     for (int g = 0; g < GROUPS; g++) scale[g] = offset[g] = 0.0f;
+    const int step = layout_of(type).block_bytes;
     switch (type) {
     case T_Q4_0: case T_Q5_0: case T_Q8_0:
-        for (int g = 0; g < n / GROUP; g += 2, p += layout_of(type).block_bytes)
+        for (int g = 0; g < n / GROUP; g += 2, p += step)
             scale[g] = scale[g + 1] = half_at(p);
         break;
     case T_Q4_1: case T_Q5_1:
-        for (int g = 0; g < n / GROUP; g += 2, p += layout_of(type).block_bytes) {
+        for (int g = 0; g < n / GROUP; g += 2, p += step) {
             scale[g] = scale[g + 1] = half_at(p);
             offset[g] = offset[g + 1] = half_at(p + 2);
         }

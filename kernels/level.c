@@ -2,7 +2,7 @@
  *
  * Functions return 0, or say what is wrong with a positive number; they read and write nothing
  * outside the arrays they are given, whatever those hold. */
-#include "units.h"
+#include "wide.h"
 
 enum { BAD_PATCH = 200 }; /* plus the stream */
 
@@ -16,7 +16,7 @@ EXPORT size_t nested_encode_room(int child_type, size_t n) {
 }
 
 EXPORT size_t nested_decode_room(int child_type, size_t n) {
-    return is_float(child_type) ? (n + FLOAT_STREAMS * SLACK) * 2 : n + CODE_STREAMS * SLACK;
+    return is_float(child_type) ? (n + FLOAT_STREAMS * (SLACK + 1)) * 2 : n + CODE_STREAMS * (SLACK + 1);
 }
 
 /* level: with room in digits[0] for all streams' digits, one after the other (as many bytes as
@@ -24,31 +24,26 @@ EXPORT size_t nested_decode_room(int child_type, size_t n) {
 EXPORT int nested_encode(int parent_type, int child_type, size_t n, const uint8_t *parent,
                          uint8_t *child, level_t *level, void *room) {
     const int n_streams = is_float(child_type) ? FLOAT_STREAMS : CODE_STREAMS;
-    streams8_t codes = {{0}, {0}};
-    streams16_t floats = {{0}, {0}};
+    const int size = is_float(child_type) ? 2 : 1;
+    streams_t streams = {{0}, {0}, 0};
     uint8_t *digits = level->digits[0];
     size_t n_patches = 0;
-    for (int k = 0; k < n_streams; k++) {
-        codes.at[k] = codes.end[k] = (int8_t *)room + (size_t)k * (n + SLACK);
-        floats.at[k] = floats.end[k] = (int16_t *)room + (size_t)k * (n + SLACK);
-    }
+    for (int k = 0; k < n_streams; k++) /* end is where the stream begins */
+        streams.at[k] = streams.end[k] = (uint8_t *)room + (size_t)k * (n + SLACK) * (size_t)size;
     const int bad = is_float(child_type)
-                        ? split_float(parent_type, child_type, n, parent, child, level, &floats)
-                        : split_codes(parent_type, child_type, n, parent, child, level, &codes);
+                        ? split_float(parent_type, child_type, n, parent, child, level, &streams)
+                        : split_codes(parent_type, child_type, n, parent, child, level, &streams);
     if (bad) return bad;
-    for (int k = 0; k < n_streams; k++) { /* end is where the stream began */
+    for (int k = 0; k < n_streams; k++) {
+        void *const first = streams.end[k];
         uint16_t *gaps = level->gaps + n_patches;
         int16_t *values = level->values + n_patches;
         int width;
-        if (is_float(child_type)) {
-            level->count[k] = (size_t)(floats.at[k] - floats.end[k]);
-            pack16(floats.end[k], level->count[k], &width, digits, gaps, values,
-                   &level->n_patches[k]);
-        } else {
-            level->count[k] = (size_t)(codes.at[k] - codes.end[k]);
-            pack8(codes.end[k], level->count[k], &width, digits, gaps, values,
-                  &level->n_patches[k]);
-        }
+        level->count[k] = (size_t)(streams.at[k] - streams.end[k]) / (size_t)size;
+        if (size == 2)
+            pack16(first, level->count[k], &width, digits, gaps, values, &level->n_patches[k]);
+        else
+            pack8(first, level->count[k], &width, digits, gaps, values, &level->n_patches[k]);
         level->width[k] = (uint8_t)width;
         level->digits[k] = digits;
         digits += packed_bytes(level->count[k], width);
@@ -57,33 +52,50 @@ EXPORT int nested_encode(int parent_type, int child_type, size_t n, const uint8_
     return 0;
 }
 
+/* How many of the first streams are to have residuals of one byte. */
+static int narrow_streams(int child_type, const level_t *level) {
+    if (!is_float(child_type)) return CODE_STREAMS;
+    if (child_type != T_BF16 || level->is_plain || !wide_supported()) return 0;
+    const int16_t *values = level->values;
+    for (int k = 0; k < WIDE_NARROW; k++) {
+        if (level->width[k] > 8) return 0;
+        for (size_t i = 0; i < level->n_patches[k]; i++, values++)
+            if (*values != (int8_t)*values) return 0;
+    }
+    return WIDE_NARROW;
+}
+
+/* Unpack all streams into room. Returns 0, or BAD_PATCH + k. */
+static int unpack_streams(int child_type, const level_t *level, uint8_t *room, streams_t *streams) {
+    const int n_streams = is_float(child_type) ? FLOAT_STREAMS : CODE_STREAMS;
+    const uint16_t *gaps = level->gaps;
+    const int16_t *values = level->values;
+    streams->n_narrow = narrow_streams(child_type, level);
+    for (int k = 0; k < n_streams; k++) {
+        const size_t count = level->count[k], n_patches = level->n_patches[k];
+        const size_t size = k < streams->n_narrow ? 1 : 2;
+        const uint8_t *digits = level->digits[k];
+        const int width = level->width[k];
+        const int bad =
+            size == 1 ? unpack8(digits, count, width, gaps, values, n_patches, (void *)room)
+                      : unpack16(digits, count, width, gaps, values, n_patches, (void *)room);
+        if (bad) return BAD_PATCH + k;
+        streams->at[k] = room;
+        streams->end[k] = room + count * size;
+        room += (count + (count & 1) + SLACK) * size; /* even, for the residuals of two bytes */
+        gaps += n_patches;
+        values += n_patches;
+    }
+    return 0;
+}
+
 /* level: with counts that add up to n and packed_bytes() digits in each stream. */
 EXPORT int nested_decode(int parent_type, int child_type, size_t n, const uint8_t *parent,
                          uint8_t *child, const level_t *level, void *room) {
-    const int n_streams = is_float(child_type) ? FLOAT_STREAMS : CODE_STREAMS;
-    streams8_t codes = {{0}, {0}};
-    streams16_t floats = {{0}, {0}};
-    size_t first = 0, n_patches = 0;
-    for (int k = 0; k < n_streams; k++) {
-        const size_t count = level->count[k], n_here = level->n_patches[k];
-        const uint16_t *gaps = level->gaps + n_patches;
-        const int16_t *values = level->values + n_patches;
-        int bad;
-        codes.at[k] = (int8_t *)room + first;
-        floats.at[k] = (int16_t *)room + first;
-        codes.end[k] = codes.at[k] + count;
-        floats.end[k] = floats.at[k] + count;
-        if (is_float(child_type))
-            bad = unpack16(level->digits[k], count, level->width[k], gaps, values, n_here,
-                           floats.at[k]);
-        else
-            bad = unpack8(level->digits[k], count, level->width[k], gaps, values, n_here,
-                          codes.at[k]);
-        if (bad) return BAD_PATCH + k;
-        first += count + SLACK;
-        n_patches += n_here;
-    }
+    streams_t streams = {{0}, {0}, 0};
+    const int bad = unpack_streams(child_type, level, room, &streams);
+    if (bad) return bad;
     return is_float(child_type)
-               ? join_float(parent_type, child_type, n, parent, child, level, &floats)
-               : join_codes(parent_type, child_type, n, parent, child, level, &codes);
+               ? join_float(parent_type, child_type, n, parent, child, level, &streams)
+               : join_codes(parent_type, child_type, n, parent, child, level, &streams);
 }

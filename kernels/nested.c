@@ -136,10 +136,10 @@ INLINE int count_of(uint64_t far) { return (int)((far * 0x0101010101010101u) >> 
 
 /* Deal the residuals of n groups out to their pairs of streams, each weight's by far[]; eight at
  * a time, without branches: they would be guessed wrong. */
-INLINE void deal_plain(streams8_t *to, int n, const uint8_t pair[GROUPS], const uint8_t far[UNIT],
+INLINE void deal_plain(streams_t *to, int n, const uint8_t pair[GROUPS], const uint8_t far[UNIT],
                        const int8_t residual[UNIT], const orders_t *orders) {
     for (int i = 0; i < n * GROUP; i += 8) {
-        int8_t **near_to = &to->at[pair[i / GROUP]], **far_to = near_to + 1;
+        uint8_t **near_to = &to->at[pair[i / GROUP]], **far_to = near_to + 1;
         uint64_t flags, eight;
         memcpy(&flags, far + i, 8);
         memcpy(&eight, residual + i, 8);
@@ -154,11 +154,11 @@ INLINE void deal_plain(streams8_t *to, int n, const uint8_t pair[GROUPS], const 
 }
 
 /* The reverse. */
-INLINE void collect_plain(streams8_t *from, int n, const uint8_t pair[GROUPS],
+INLINE void collect_plain(streams_t *from, int n, const uint8_t pair[GROUPS],
                           const uint8_t far[UNIT], int8_t residual[UNIT],
                           const orders_t *orders) {
     for (int i = 0; i < n * GROUP; i += 8) {
-        int8_t **near_at = &from->at[pair[i / GROUP]], **far_at = near_at + 1;
+        uint8_t **near_at = &from->at[pair[i / GROUP]], **far_at = near_at + 1;
         uint64_t flags, near_ones, far_ones;
         memcpy(&flags, far + i, 8);
         memcpy(&near_ones, *near_at, 8);
@@ -176,7 +176,7 @@ INLINE void collect_plain(streams8_t *from, int n, const uint8_t pair[GROUPS],
 /* Split a unit's codes into residuals, or make codes of residuals. code: values modulo 256. */
 INLINE void unit_plain(const float value[UNIT], const float step[GROUPS],
                        const float start[GROUPS], layout_t layout, const uint32_t limits[3],
-                       int n_groups, streams8_t *streams, uint8_t code[UNIT],
+                       int n_groups, streams_t *streams, uint8_t code[UNIT],
                        const orders_t *orders, int is_join) {
     const uint8_t half = (uint8_t)(1 << (layout.bits - 1)), mask = (uint8_t)(2 * half - 1);
     int8_t predicted[UNIT], negate[UNIT], residual[UNIT];
@@ -201,7 +201,7 @@ INLINE void unit_plain(const float value[UNIT], const float step[GROUPS],
 }
 
 FAST int split_codes(int parent_type, int child_type, size_t n, const uint8_t *parent,
-                     uint8_t *child, level_t *level, streams8_t *streams) {
+                     uint8_t *child, level_t *level, streams_t *streams) {
     const layout_t layout = layout_of(child_type);
     if (!layout.block || n % (size_t)layout.block || !is_parent(parent_type, n)) return BAD_TYPE;
     const size_t parent_unit = unit_bytes(parent_type), child_unit = unit_bytes(child_type);
@@ -230,7 +230,7 @@ FAST int split_codes(int parent_type, int child_type, size_t n, const uint8_t *p
 }
 
 FAST int join_codes(int parent_type, int child_type, size_t n, const uint8_t *parent,
-                    uint8_t *child, const level_t *level, streams8_t *streams) {
+                    uint8_t *child, const level_t *level, streams_t *streams) {
     const layout_t layout = layout_of(child_type);
     if (!layout.block || n % (size_t)layout.block || !is_parent(parent_type, n)) return BAD_TYPE;
     const size_t parent_unit = unit_bytes(parent_type), child_unit = unit_bytes(child_type);
@@ -241,7 +241,7 @@ FAST int join_codes(int parent_type, int child_type, size_t n, const uint8_t *pa
         const int m = n - done < UNIT ? (int)(n - done) : UNIT;
         float value[UNIT], step[GROUPS], start[GROUPS];
         uint8_t code[UNIT];
-        const int bad = streams8_t_check(streams, CODE_STREAMS);
+        const int bad = streams_check(streams, CODE_STREAMS);
         if (bad) return bad;
         unit_rest(layout, m, child, level->rest, done / (size_t)layout.block,
                   n / (size_t)layout.block, 1);
@@ -254,5 +254,5 @@ FAST int join_codes(int parent_type, int child_type, size_t n, const uint8_t *pa
                        &orders, 1);
         blocks_write_codes(child_type, m, child, code);
     }
-    return streams8_t_finish(streams, CODE_STREAMS);
+    return streams_finish(streams, CODE_STREAMS);
 }

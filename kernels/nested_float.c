@@ -51,9 +51,25 @@ INLINE int32_t ordered16(int32_t bits) { return (int16_t)(bits ^ (((int16_t)bits
 
 INLINE uint32_t ordered32(uint32_t bits) { return bits ^ (bits >> 31 ? MAGNITUDE : 0); }
 
+INLINE void deal(streams_t *to, int m, const uint8_t stream[UNIT], const int16_t residual[UNIT]) {
+    for (int i = 0; i < m; i++) {
+        uint8_t **at = &to->at[stream[i]];
+        memcpy(*at, residual + i, 2);
+        *at += 2;
+    }
+}
+
+INLINE void collect(streams_t *from, int m, const uint8_t stream[UNIT], int16_t residual[UNIT]) {
+    for (int i = 0; i < m; i++) {
+        uint8_t **at = &from->at[stream[i]];
+        memcpy(residual + i, *at, 2);
+        *at += 2;
+    }
+}
+
 /* As nested_split_codes, for a float child; rest: of F32 the low 16 bits, in two planes. */
 INLINE void split_float_to(int parent_type, int child_type, size_t n, const uint8_t *parent,
-                           const uint8_t *child, streams16_t *streams,
+                           const uint8_t *child, streams_t *streams,
                            const level_t *level) {
     uint8_t *const rest = level->rest;
     const int is_wide = child_type == T_BF16 && !level->is_plain && wide_supported();
@@ -64,10 +80,7 @@ INLINE void split_float_to(int parent_type, int child_type, size_t n, const uint
         int16_t negate[UNIT], residual[UNIT];
         uint8_t stream[UNIT];
         if (is_wide) {
-            float value[UNIT], scale[GROUPS], offset[GROUPS];
-            read_values(parent_type, m, parent, value);
-            read_parent_scales(parent_type, m, parent, scale, offset);
-            wide_split_bf16(value, scale, offset, parent_type == T_F32, m, streams, child);
+            wide_split_bf16(parent_type, m, parent, streams, child);
             continue;
         }
         unit_predict_float(parent_type, child_type, m, parent, predicted, negate, stream);
@@ -90,12 +103,12 @@ INLINE void split_float_to(int parent_type, int child_type, size_t n, const uint
                 residual[i] = (int16_t)((difference ^ negate[i]) - negate[i]);
             }
         }
-        for (int i = 0; i < m; i++) *streams->at[stream[i]]++ = residual[i];
+        deal(streams, m, stream, residual);
     }
 }
 
 FAST int split_float(int parent_type, int child_type, size_t n, const uint8_t *parent,
-                     const uint8_t *child, level_t *level, streams16_t *streams) {
+                     const uint8_t *child, level_t *level, streams_t *streams) {
     if (!is_parent(parent_type, n)) return BAD_TYPE;
     switch (child_type) { /* a copy of the loop for each */
     case T_BF16: split_float_to(parent_type, T_BF16, n, parent, child, streams, level); break;
@@ -107,7 +120,7 @@ FAST int split_float(int parent_type, int child_type, size_t n, const uint8_t *p
 }
 
 INLINE int join_float_to(int parent_type, int child_type, size_t n, const uint8_t *parent,
-                         uint8_t *child, streams16_t *streams,
+                         uint8_t *child, streams_t *streams,
                          const level_t *level) {
     const uint8_t *const rest = level->rest;
     const int is_wide = child_type == T_BF16 && !level->is_plain && wide_supported();
@@ -115,40 +128,37 @@ INLINE int join_float_to(int parent_type, int child_type, size_t n, const uint8_
     for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += UNIT * size) {
         const int m = n - done < UNIT ? (int)(n - done) : UNIT;
         int32_t predicted[UNIT];
-        int16_t negate[UNIT], residual[UNIT] = {0};
+        int16_t negate[UNIT], residual[UNIT];
         uint8_t stream[UNIT];
-        const int bad = streams16_t_check(streams, FLOAT_STREAMS);
+        const int bad = streams_check(streams, FLOAT_STREAMS);
         if (bad) return bad;
         if (is_wide) {
-            float value[UNIT], scale[GROUPS], offset[GROUPS];
-            read_values(parent_type, m, parent, value);
-            read_parent_scales(parent_type, m, parent, scale, offset);
-            wide_join_bf16(value, scale, offset, parent_type == T_F32, m, streams, child);
+            wide_join_bf16(parent_type, m, parent, streams, child);
             continue;
         }
         unit_predict_float(parent_type, child_type, m, parent, predicted, negate, stream);
-        for (int i = 0; i < m; i++) residual[i] = *streams->at[stream[i]]++;
+        collect(streams, m, stream, residual);
         if (child_type == T_F32) {
-            uint32_t bits[UNIT];
             for (int i = 0; i < m; i++) {
                 const size_t at = done + (size_t)i;
                 const int16_t low = (int16_t)(uint16_t)(rest[at] | rest[n + at] << 8);
                 const uint32_t whole = ((uint32_t)(uint16_t)residual[i] << 16) + (uint32_t)low;
-                bits[i] = ordered32((uint32_t)predicted[i] + whole);
+                const uint32_t bits = ordered32((uint32_t)predicted[i] + whole);
+                memcpy(child + 4 * i, &bits, 4);
             }
-            memcpy(child, bits, (size_t)m * 4);
         } else {
-            int16_t bits[UNIT];
-            for (int i = 0; i < UNIT; i++)
-                bits[i] = (int16_t)ordered16(predicted[i] + ((residual[i] ^ negate[i]) - negate[i]));
-            memcpy(child, bits, (size_t)m * 2);
+            for (int i = 0; i < m; i++) {
+                const int32_t flipped = (residual[i] ^ negate[i]) - negate[i];
+                const int16_t bits = (int16_t)ordered16(predicted[i] + flipped);
+                memcpy(child + 2 * i, &bits, 2);
+            }
         }
     }
-    return streams16_t_finish(streams, FLOAT_STREAMS);
+    return streams_finish(streams, FLOAT_STREAMS);
 }
 
 FAST int join_float(int parent_type, int child_type, size_t n, const uint8_t *parent,
-                    uint8_t *child, const level_t *level, streams16_t *streams) {
+                    uint8_t *child, const level_t *level, streams_t *streams) {
     if (!is_parent(parent_type, n)) return BAD_TYPE;
     switch (child_type) {
     case T_BF16: return join_float_to(parent_type, T_BF16, n, parent, child, streams, level);

@@ -61,37 +61,39 @@ typedef struct {
     uint8_t is_plain; /* do without AVX-512 */
 } level_t;
 
-/* Residuals are int8_t for a child with codes, int16_t for a float child. They are unpacked with
- * SLACK residuals of room behind each stream, so that a unit may be read beyond a stream's end
- * before that is noticed, and dealt with as much room for vectors that reach beyond. */
+/* Residuals are 1 byte each for a child with codes; for a float child 2, but 1 in the first
+ * n_narrow streams. A stream is unpacked with SLACK residuals of room behind it, so that a unit may
+ * be read beyond its end before that is noticed, and dealt with as much room for vectors that reach
+ * beyond. */
 enum { SLACK = UNIT + 64 };
 
-#define STREAMS(T, NAME)                                                                           \
-    typedef struct {                                                                               \
-        T *at[MOST_STREAMS], *end[MOST_STREAMS];                                                   \
-    } NAME;                                                                                        \
-    /* Returns 1 + a stream that was read beyond its end, or 0. */                                 \
-    INLINE int NAME##_check(const NAME *streams, int n_streams) {                                  \
-        for (int k = 0; k < n_streams; k++)                                                        \
-            if (streams->at[k] > streams->end[k]) return 1 + k;                                    \
-        return 0;                                                                                  \
-    }                                                                                              \
-    INLINE int NAME##_finish(const NAME *streams, int n_streams) {                                 \
-        for (int k = 0; k < n_streams; k++)                                                        \
-            if (streams->at[k] != streams->end[k]) return 1 + k;                                   \
-        return 0;                                                                                  \
-    }
-STREAMS(int8_t, streams8_t)
-STREAMS(int16_t, streams16_t)
+typedef struct {
+    uint8_t *at[MOST_STREAMS], *end[MOST_STREAMS];
+    int n_narrow;
+} streams_t;
+
+/* Returns 1 + a stream that was read beyond its end, or 0. */
+INLINE int streams_check(const streams_t *streams, int n_streams) {
+    for (int k = 0; k < n_streams; k++)
+        if (streams->at[k] > streams->end[k]) return 1 + k;
+    return 0;
+}
+
+/* Returns 1 + a stream that was not read to its end, or 0. */
+INLINE int streams_finish(const streams_t *streams, int n_streams) {
+    for (int k = 0; k < n_streams; k++)
+        if (streams->at[k] != streams->end[k]) return 1 + k;
+    return 0;
+}
 
 int split_codes(int parent_type, int child_type, size_t n, const uint8_t *parent, uint8_t *child,
-                level_t *level, streams8_t *streams);
+                level_t *level, streams_t *streams);
 int join_codes(int parent_type, int child_type, size_t n, const uint8_t *parent, uint8_t *child,
-               const level_t *level, streams8_t *streams);
+               const level_t *level, streams_t *streams);
 int split_float(int parent_type, int child_type, size_t n, const uint8_t *parent,
-                const uint8_t *child, level_t *level, streams16_t *streams);
+                const uint8_t *child, level_t *level, streams_t *streams);
 int join_float(int parent_type, int child_type, size_t n, const uint8_t *parent, uint8_t *child,
-               const level_t *level, streams16_t *streams);
+               const level_t *level, streams_t *streams);
 size_t packed_bytes(size_t count, int width);
 void pack8(int8_t *residual, size_t count, int *width, uint8_t *digits, uint16_t *gaps,
            int16_t *values, size_t *n_patches);

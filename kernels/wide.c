@@ -1,13 +1,9 @@
-/* Units with AVX-512: the same results as unit_plain in nested.c and unit_predict_float in
- * nested_float.c, which run elsewhere. What costs time there is the dealing out of residuals,
- * weight by weight; here a compressing or expanding move does it for a whole vector. */
+/* Units of codes with AVX-512: the same results as unit_plain in nested.c, which runs elsewhere.
+ * What costs time there is the dealing out of residuals; here a compressing or expanding move does
+ * it for a whole vector. */
 #include "wide.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
-#include <immintrin.h>
-
-#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,bmi2,popcnt")))
-#define WIDE_INLINE WIDE INLINE
+#ifdef WIDE
 
 int wide_supported(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -67,14 +63,14 @@ WIDE_INLINE uint64_t bits64(const uint16_t bits[GROUPS], int quarter) {
 }
 
 WIDE void wide_join(const float value[UNIT], const float step[GROUPS], const float start[GROUPS],
-                    layout_t layout, const uint32_t limits[3], int n_groups, streams8_t *streams,
+                    layout_t layout, const uint32_t limits[3], int n_groups, streams_t *streams,
                     uint8_t code[UNIT]) {
     const __m512i low = _mm512_set1_epi8((char)layout.low), zero = _mm512_setzero_si512();
     const __m512i mask = _mm512_set1_epi8((char)((1 << layout.bits) - 1));
     const __m512i flip = _mm512_set1_epi8((char)layout.flip);
     uint8_t predicted[UNIT];
     marks_t marks;
-    const int8_t *at[CODE_STREAMS];
+    const uint8_t *at[CODE_STREAMS];
     predict(value, step, start, layout, limits, n_groups, predicted, &marks);
     for (int k = 0; k < CODE_STREAMS; k++) at[k] = streams->at[k];
     for (int q = 0; q < 4; q++) {
@@ -93,11 +89,11 @@ WIDE void wide_join(const float value[UNIT], const float step[GROUPS], const flo
         const __m512i raw = _mm512_and_si512(_mm512_sub_epi8(sum, low), mask);
         _mm512_storeu_si512(code + 64 * q, _mm512_xor_si512(raw, flip));
     }
-    for (int k = 0; k < CODE_STREAMS; k++) streams->at[k] = (int8_t *)at[k];
+    for (int k = 0; k < CODE_STREAMS; k++) streams->at[k] = (uint8_t *)at[k];
 }
 
 WIDE void wide_split(const float value[UNIT], const float step[GROUPS], const float start[GROUPS],
-                     layout_t layout, const uint32_t limits[3], int n_groups, streams8_t *streams,
+                     layout_t layout, const uint32_t limits[3], int n_groups, streams_t *streams,
                      const uint8_t code[UNIT]) {
     const __m512i low = _mm512_set1_epi8((char)layout.low), zero = _mm512_setzero_si512();
     const __m512i mask = _mm512_set1_epi8((char)((1 << layout.bits) - 1));
@@ -105,7 +101,7 @@ WIDE void wide_split(const float value[UNIT], const float step[GROUPS], const fl
     const __m512i flip = _mm512_set1_epi8((char)layout.flip);
     uint8_t predicted[UNIT];
     marks_t marks;
-    int8_t *at[CODE_STREAMS];
+    uint8_t *at[CODE_STREAMS];
     predict(value, step, start, layout, limits, n_groups, predicted, &marks);
     for (int k = 0; k < CODE_STREAMS; k++) at[k] = streams->at[k];
     for (int q = 0; q < 4; q++) {
@@ -126,131 +122,22 @@ WIDE void wide_split(const float value[UNIT], const float step[GROUPS], const fl
     for (int k = 0; k < CODE_STREAMS; k++) streams->at[k] = at[k];
 }
 
-/* Of 256 weights the rounded ordered bits, the streams, and which residuals are negated. */
-WIDE_INLINE void predict_bf16(const float value[UNIT], const float scale[GROUPS],
-                              const float offset[GROUPS], int is_weights, int m,
-                              int16_t predicted[UNIT], uint8_t stream[UNIT],
-                              uint16_t negate[GROUPS]) {
-    const __m512i exponent_bits = _mm512_set1_epi32(EXPONENT), zero = _mm512_setzero_si512();
-    const __m512i magnitude_bits = _mm512_set1_epi32(MAGNITUDE);
-    for (int g = 0; g < GROUPS; g++) {
-        __m512 weight = _mm512_loadu_ps(value + g * GROUP);
-        if (!is_weights)
-            weight = _mm512_add_ps(_mm512_mul_ps(weight, _mm512_set1_ps(scale[g])),
-                                   _mm512_set1_ps(offset[g]));
-        __m512i bits = _mm512_castps_si512(weight);
-        const __m512i first = _mm512_and_si512(bits, exponent_bits);
-        bits = _mm512_maskz_mov_epi32(_mm512_cmpneq_epi32_mask(first, exponent_bits), bits);
-        const __m512i exponent = _mm512_srli_epi32(_mm512_and_si512(bits, exponent_bits), 23);
-        const int unit = is_weights ? _mm512_reduce_max_epi32(exponent) - 2
-                                    : (int)((bits_of(scale[g]) & EXPONENT) >> 23);
-        __m512i octave = _mm512_sub_epi32(_mm512_set1_epi32(unit + 7), exponent);
-        octave = _mm512_max_epi32(octave, zero);
-        octave = _mm512_min_epi32(octave, _mm512_set1_epi32(8));
-        _mm_storeu_si128((__m128i *)(stream + g * GROUP), _mm512_cvtepi32_epi8(octave));
-        const __m512i magnitude = _mm512_and_si512(bits, magnitude_bits);
-        const __m512i rounded =
-            _mm512_srli_epi32(_mm512_add_epi32(magnitude, _mm512_set1_epi32(0x8000)), 16);
-        const __m512i sign = _mm512_srai_epi32(bits, 31);
-        _mm256_storeu_si256((__m256i *)(predicted + g * GROUP),
-                            _mm512_cvtepi32_epi16(_mm512_xor_si512(rounded, sign)));
-        const __mmask16 is_below =
-            _mm512_cmplt_epi32_mask(magnitude, _mm512_slli_epi32(rounded, 16));
-        negate[g] = (uint16_t)(is_below ^ _mm512_movepi32_mask(bits));
-    }
-    for (int i = m; i < UNIT; i++) stream[i] = 0xff; /* beyond the end: of no stream */
-}
-
-WIDE_INLINE __m512i ordered(__m512i bits) {
-    const __m512i sign = _mm512_srai_epi16(bits, 15);
-    return _mm512_xor_si512(bits, _mm512_and_si512(sign, _mm512_set1_epi16(0x7fff)));
-}
-
-WIDE_INLINE uint32_t bits32(const uint16_t bits[GROUPS], int eighth) {
-    return bits[2 * eighth] | (uint32_t)bits[2 * eighth + 1] << 16;
-}
-
-WIDE void wide_join_bf16(const float value[UNIT], const float scale[GROUPS],
-                         const float offset[GROUPS], int is_weights, int m, streams16_t *streams,
-                         uint8_t *child) {
-    const __m512i zero = _mm512_setzero_si512();
-    int16_t predicted[UNIT];
-    uint8_t stream[UNIT], bits[2 * UNIT];
-    uint16_t negate[GROUPS];
-    const int16_t *at[FLOAT_STREAMS];
-    predict_bf16(value, scale, offset, is_weights, m, predicted, stream, negate);
-    for (int k = 0; k < FLOAT_STREAMS; k++) at[k] = streams->at[k];
-    for (int e = 0; e < 8; e++) {
-        const __m256i of = _mm256_loadu_si256((const __m256i *)(stream + 32 * e));
-        __m512i residual = zero;
-        for (int k = 0; k < FLOAT_STREAMS; k++) {
-            const __mmask32 here = _mm256_cmpeq_epi8_mask(of, _mm256_set1_epi8((char)k));
-            const __m512i next = _mm512_loadu_si512(at[k]);
-            residual = _mm512_or_si512(residual, _mm512_maskz_expand_epi16(here, next));
-            at[k] += _mm_popcnt_u32(here);
-        }
-        residual = _mm512_mask_sub_epi16(residual, bits32(negate, e), zero, residual);
-        const __m512i sum = _mm512_add_epi16(residual, _mm512_loadu_si512(predicted + 32 * e));
-        _mm512_storeu_si512(bits + 64 * e, ordered(sum));
-    }
-    for (int k = 0; k < FLOAT_STREAMS; k++) streams->at[k] = (int16_t *)at[k];
-    memcpy(child, bits, (size_t)m * 2);
-}
-
-WIDE void wide_split_bf16(const float value[UNIT], const float scale[GROUPS],
-                          const float offset[GROUPS], int is_weights, int m, streams16_t *streams,
-                          const uint8_t *child) {
-    const __m512i zero = _mm512_setzero_si512();
-    int16_t predicted[UNIT];
-    uint8_t stream[UNIT], bits[2 * UNIT];
-    uint16_t negate[GROUPS];
-    int16_t *at[FLOAT_STREAMS];
-    predict_bf16(value, scale, offset, is_weights, m, predicted, stream, negate);
-    memcpy(bits, child, (size_t)m * 2);
-    memset(bits + 2 * m, 0, (size_t)(2 * UNIT - 2 * m));
-    for (int k = 0; k < FLOAT_STREAMS; k++) at[k] = streams->at[k];
-    for (int e = 0; e < 8; e++) {
-        const __m256i of = _mm256_loadu_si256((const __m256i *)(stream + 32 * e));
-        const __m512i plain = ordered(_mm512_loadu_si512(bits + 64 * e));
-        __m512i residual = _mm512_sub_epi16(plain, _mm512_loadu_si512(predicted + 32 * e));
-        residual = _mm512_mask_sub_epi16(residual, bits32(negate, e), zero, residual);
-        for (int k = 0; k < FLOAT_STREAMS; k++) {
-            const __mmask32 here = _mm256_cmpeq_epi8_mask(of, _mm256_set1_epi8((char)k));
-            _mm512_storeu_si512(at[k], _mm512_maskz_compress_epi16(here, residual));
-            at[k] += _mm_popcnt_u32(here);
-        }
-    }
-    for (int k = 0; k < FLOAT_STREAMS; k++) streams->at[k] = at[k];
-}
-
 #else
 
 int wide_supported(void) { return 0; }
 
 void wide_split(const float value[UNIT], const float step[GROUPS], const float start[GROUPS],
-                layout_t layout, const uint32_t limits[3], int n_groups, streams8_t *streams,
+                layout_t layout, const uint32_t limits[3], int n_groups, streams_t *streams,
                 const uint8_t code[UNIT]) {
     (void)value, (void)step, (void)start, (void)layout, (void)limits, (void)n_groups;
     (void)streams, (void)code;
 }
 
 void wide_join(const float value[UNIT], const float step[GROUPS], const float start[GROUPS],
-               layout_t layout, const uint32_t limits[3], int n_groups, streams8_t *streams,
+               layout_t layout, const uint32_t limits[3], int n_groups, streams_t *streams,
                uint8_t code[UNIT]) {
     (void)value, (void)step, (void)start, (void)layout, (void)limits, (void)n_groups;
     (void)streams, (void)code;
-}
-
-void wide_split_bf16(const float value[UNIT], const float scale[GROUPS],
-                     const float offset[GROUPS], int is_weights, int m, streams16_t *streams,
-                     const uint8_t *child) {
-    (void)value, (void)scale, (void)offset, (void)is_weights, (void)m, (void)streams, (void)child;
-}
-
-void wide_join_bf16(const float value[UNIT], const float scale[GROUPS],
-                    const float offset[GROUPS], int is_weights, int m, streams16_t *streams,
-                    uint8_t *child) {
-    (void)value, (void)scale, (void)offset, (void)is_weights, (void)m, (void)streams, (void)child;
 }
 
 #endif

@@ -13,7 +13,7 @@ from stock_llama import logits
 
 from edgekit import materialize as module
 from edgekit.artifact import Artifact, open_artifact
-from edgekit.assembly import Assembly
+from edgekit.assembly import Ahead, Assembly, Piece
 from edgekit.errors import DiskFullError, DoesNotFitError, RefusedError, UsageError
 from edgekit.materialize import materialize, preview
 from edgekit.plan import plan_budget, plan_json, plan_tier, plan_weights
@@ -47,6 +47,32 @@ def test_reads_at_any_offset_are_the_files_bytes(artifact: Path, tmp_path: Path)
         for _ in range(60):
             offset, n_bytes = rng.randrange(len(data) + 10), rng.choice((0, 1, 33, 4096, 300_000))
             assert assembly.read(offset, n_bytes) == data[offset : offset + n_bytes], offset
+
+
+def test_memory_is_filled_with_the_files_bytes_in_whatever_order(artifact: Path) -> None:
+    """As llama.cpp reads: pieces of a few sizes, tensors in an order of its own."""
+    with open_artifact(artifact) as opened:
+        depths = mixed(opened)
+        data = b"".join(Assembly(opened, depths).stream())
+        assembly, got = Assembly(opened, depths, n_threads=2), bytearray(len(data))
+        starts = list(range(0, len(data), 70_001))
+        random.Random(2).shuffle(starts)
+        for start in starts:
+            for at in range(start, min(start + 70_001, len(data)), 30_000):
+                here = memoryview(got)[at : min(at + 30_000, start + 70_001)]
+                assert assembly.readinto(at, here) == len(here)
+        assert got == data
+        assert assembly.readinto(len(data) - 3, memoryview(got)) == 3
+        assert assembly.readinto(len(data), memoryview(got)) == 0
+
+
+def test_pieces_that_are_passed_over_are_made_once_all_the_same() -> None:
+    made: list[int] = []
+    pieces = [Piece(i, 1, lambda i=i: made.append(i) or memoryview(bytes([i]))) for i in range(40)]
+    ahead = Ahead(pieces, n_threads=1)
+    order = [0, 39, *range(1, 11), *range(21, 31), *range(11, 21), *range(31, 39)]
+    assert [ahead.piece(i)[0] for i in order] == order
+    assert sorted(made) == list(range(40))
 
 
 def test_ten_thousand_small_reads_in_a_row_are_the_files_bytes(llama_artifact: Path) -> None:

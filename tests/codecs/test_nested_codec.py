@@ -118,6 +118,26 @@ def test_rows_of_any_width_go_from_f16_to_their_source(cols, code):
         assert np.array_equal(decode_chunk("F16", child, parent, payload, rows.size), blocks)
 
 
+@pytest.mark.parametrize("far", [0, 127, 128, -128, -129, 300])
+def test_weights_far_from_their_parent_come_back_exactly(far, monkeypatch):
+    """Residuals to BF16 are bytes where all fit: one that does not, in a stream of small ones."""
+    n = 40 * 256 + 96  # enough for a patch of its stream; and a unit that is not whole
+    weights = np.random.default_rng(10).standard_normal((1, n)).astype(np.float32)
+    parent = ggml.quantize("Q8_0", weights).reshape(-1)
+    child = ggml.quantize("BF16", weights).reshape(-1).view(np.int16).copy()
+    largest = int(np.abs(weights).argmax())
+    child[largest] += far  # units in the last place
+    child = child.view(np.uint8)
+    assert all(s.width < 16 for s in nested.encode("Q8_0", "BF16", parent, child).streams[:7])
+    payloads = []
+    for no_native, no_avx512 in (("0", "0"), ("0", "1"), ("1", "0")):
+        monkeypatch.setenv("EDGEKIT_NO_NATIVE", no_native)
+        monkeypatch.setenv("EDGEKIT_NO_AVX512", no_avx512)
+        payloads.append(encode_chunk("Q8_0", "BF16", parent, child))
+        assert np.array_equal(decode_chunk("Q8_0", "BF16", parent, payloads[0], n), child)
+    assert payloads[0] == payloads[1] == payloads[2]
+
+
 def test_an_empty_chunk_is_an_empty_chunk(code):
     nothing = np.zeros(0, np.uint8)
     for child in CHILDREN:
