@@ -96,7 +96,7 @@ class Chunk:
 
 
 class Assembly:
-    """The GGUF of ``artifact`` at ``depths``, readable from any offset.
+    """The GGUF of ``artifact`` at ``depths``, readable from any offset; a context manager.
 
     Attributes:
         size: Bytes of the whole file.
@@ -115,6 +115,20 @@ class Assembly:
         self._ahead = Ahead(self._pieces, n_threads)
         self._n_done = 0  # pieces, over all streams
         self._at, self._rest = 0, _NOTHING  # what was decoded and not yet read, and its offset
+
+    def __enter__(self) -> "Assembly":
+        """Use as a context manager."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Let threads and what was decoded ahead go; twice is once."""
+        self._ahead.close()
+        self._payloads.cache_clear()
+        self._rest = _NOTHING
 
     def read(self, offset: int, n_bytes: int) -> bytes:
         """The bytes ``[offset, offset + n_bytes)``, fewer at the end; fast when read in order."""

@@ -1,7 +1,9 @@
 """Changes of depth in the middle of a conversation: bit for bit, back on failure, nothing left."""
 
-import gc
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,7 +133,7 @@ def test_when_loading_fails_the_old_depth_and_the_conversation_come_back(
     opened = iter([True, False])
 
     class Broken(Assembly):
-        def read(self, offset: int, n_bytes: int) -> bytes:
+        def readinto(self, offset: int, buffer: memoryview) -> int:
             raise RefusedError("level Q2_K of a tensor is corrupt")
 
     def first_broken(*args: Any) -> Assembly:
@@ -291,20 +293,31 @@ def test_a_closed_session_says_so(artifact: Path) -> None:
         session.generate("x", 1)
 
 
-def test_a_hundred_cycles_leave_nothing(artifact: Path, tmp_path: Path, monkeypatch) -> None:
+CYCLES = """
+import gc, json, sys
+import psutil
+import edgekit
+process, rows = psutil.Process(), []
+for cycle in range(100):
+    with edgekit.load(sys.argv[1], budget=1 << 30, context=256, follow=False) as session:
+        "".join(session.generate("The quick brown", 2))
+        session.resize(82 << 20)
+        session.resize(1 << 30)
+        "".join(session.generate("The quick brown fox", 2))
+    if cycle % 20 == 19:
+        gc.collect()
+        rows.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
+print(json.dumps([rows, len(session.changes), session.changes[0].after_bytes]))
+"""
+
+
+def test_a_hundred_cycles_leave_nothing(artifact: Path, tmp_path: Path) -> None:
     """Load, resize down and up, close: neither memory nor descriptors nor files grow."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    process, rows = psutil.Process(), []
-    gc.collect()
-    for cycle in range(100):
-        with edgekit.load(artifact, budget=ROOMY, context=256, follow=False) as session:
-            text(session, 2)
-            session.resize(8 * MIB)
-            session.resize(ROOMY)
-            text(session, 2)
-        if cycle % 20 == 19:
-            gc.collect()
-            rows.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
+    command = [sys.executable, "-c", CYCLES, str(artifact)]
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
+    rows, n_changes, after_bytes = json.loads(done.stdout)
+    assert n_changes == 2 and after_bytes <= 82 * MIB
     memory, descriptors, threads = zip(*rows, strict=True)
     assert len(set(descriptors)) == 1 and len(set(threads)) == 1
     assert memory[-1] - memory[0] <= 4 * MIB  # 80 cycles: a leak of 64 KiB each would show
