@@ -11,9 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gguf import MODEL_ARCH_NAMES
-
-from edgekit.arch.table import ARCHS
 from edgekit.errors import RefusedError, UsageError
 from edgekit.kernels.ggml import TYPES, row_bytes
 from edgekit.manifest import MANIFEST_NAME, Json
@@ -100,7 +97,7 @@ def shape_of(
     n_used = count("expert_used_count") if prefix + "expert_used_count" in model else 0
     expert_width = count("expert_feed_forward_length", max(feed_forward))
     experts = n_used * (3 * expert_width + 2 * width)  # all experts of a token at once
-    windowed = _windowed(architecture, model, layers)
+    windowed = _windowed(layers, measured or {})
     return Shape(
         n_layers=layers,
         context=count("context_length"),
@@ -115,16 +112,10 @@ def shape_of(
     )
 
 
-def _windowed(architecture: str, model: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
-    """Which layers keep a window only: the model's own pattern, or the one of llama.cpp's graph."""
-    if not model.get(f"{architecture}.attention.sliding_window"):
-        return (False,) * layers
-    pattern = model.get(f"{architecture}.attention.sliding_window_pattern")
-    if isinstance(pattern, list) and len(pattern) == layers:
-        return tuple(bool(item) for item in pattern)
-    rows = (arch for arch in ARCHS.values() if MODEL_ARCH_NAMES[arch.gguf] == architecture)
-    every = max((arch.window_every for arch in rows), default=0)
-    return tuple(every > 0 and (i + 1) % every != 0 for i in range(layers))
+def _windowed(layers: int, measured: Json) -> tuple[bool, ...]:
+    """Which layers keep a window only, as told at conversion; none where nothing was told."""
+    told = measured.get("windowed", [])
+    return tuple(bool(item) for item in told) if len(told) == layers else (False,) * layers
 
 
 def _per_layer(

@@ -49,8 +49,8 @@ class Manifest:
         quality: Measured rows ``{weights_bytes, bits_per_weight, kl_mean, ...}``, fewest bytes
             first.
         experts: Routing metadata of mixture-of-experts models, else empty.
-        memory: What llama.cpp reserves for computing, ``compute`` as rows ``{kv_type, batch,
-            contexts, bytes}``; empty when not measured.
+        memory: ``windowed``: which layers keep a window only; ``compute``: what llama.cpp reserves,
+            rows ``{kv_type, batch, contexts, bytes}``; empty when it was not asked.
     """
 
     name: str

@@ -26,6 +26,7 @@ from edgekit.manifest import (
 from edgekit.stack import SOURCE, Level, Part, Stack
 
 BASE_CODEC = "ggml"  # level 0 is plain blocks
+MAX_LAYERS = 1 << 12
 MAX_CHUNK_WEIGHTS = 1 << 26  # a chunk is decoded in one piece
 QUALITY_FIELDS = ("weights_bytes", "bits_per_weight", "n_tokens", "kl_mean", "ppl")
 
@@ -186,6 +187,9 @@ def _memory(memory: Json) -> Json:
     """What was measured of memory; rows are lines through at least two points."""
     if not memory:
         return memory
+    windowed = _get({"windowed": []} | memory, "windowed", list)
+    if len(windowed) > MAX_LAYERS or not all(isinstance(item, bool) for item in windowed):
+        raise RefusedError(f"{MANIFEST_NAME}: field 'windowed' is no list of layers")
     for row in _rows(memory, "compute"):
         _get(row, "kv_type", str)
         _count(row, "batch", least=1)

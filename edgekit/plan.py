@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from edgekit.artifact import Catalog
+from edgekit.catalog import Catalog
 from edgekit.errors import DoesNotFitError, UsageError
 from edgekit.footprint import BATCHES, Memory, Shape, memory_of, shape_of
 from edgekit.manifest import Json

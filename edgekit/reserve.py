@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from gguf import MODEL_ARCH_NAMES
+
+from edgekit.arch import ARCHS
 from edgekit.artifact import Artifact, open_artifact
 from edgekit.assembly import Assembly
 from edgekit.errors import EdgekitError
@@ -82,13 +85,32 @@ def measure_memory(folder: Path, progress: Progress) -> Json:
 def tell(folder: Path) -> Json:
     """Open the artifact as the loader does, but for its weights, and ask."""
     with open_artifact(folder) as artifact, _without_weights(artifact) as model:
-        shape = shape_of(artifact.manifest.architecture, artifact.manifest.model)
+        manifest = artifact.manifest
+        windowed = windowed_layers(manifest.architecture, manifest.model)
+        shape = shape_of(manifest.architecture, manifest.model, measured={"windowed": windowed})
         rows = [_row(model, shape, kv, batch) for kv in kv_choices(shape) for batch in BATCHES]
     return {
         "llama_cpp_python": version("llama_cpp_python"),
+        "windowed": windowed,
         "compute": [row for row, _ in rows],
         "notes": sorted({note for _, notes in rows for note in notes}),
     }
+
+
+def windowed_layers(architecture: str, model: Json) -> list[bool]:
+    """Which layers attend in a window: the model's own pattern, or that of llama.cpp's graph.
+
+    Empty where the model has no windows.
+    """
+    if not model.get(f"{architecture}.attention.sliding_window"):
+        return []
+    pattern = model.get(f"{architecture}.attention.sliding_window_pattern")
+    if isinstance(pattern, list):
+        return [bool(item) for item in pattern]
+    rows = (arch for arch in ARCHS.values() if MODEL_ARCH_NAMES[arch.gguf] == architecture)
+    every = max((arch.window_every for arch in rows), default=0)
+    layers = int(model[f"{architecture}.block_count"])
+    return [(i + 1) % every != 0 for i in range(layers)] if every else []
 
 
 def _without_weights(artifact: Artifact) -> Model:

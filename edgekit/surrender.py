@@ -7,7 +7,7 @@ conversation anew, so it is made only while that is short.
 
 from dataclasses import replace
 
-from edgekit.artifact import Catalog
+from edgekit.catalog import Catalog
 from edgekit.footprint import BATCHES, CELLS, kv_choices, memory_of
 from edgekit.plan import Plan, plan_budget, shape_in
 

@@ -25,7 +25,7 @@ LAYERS = (
     {"governor", "receipts"},
     {"arch", "encode", "imatrix", "llama", "manifest"},
     {"convert_options", "float_model", "manifest_reader", "provenance", "text"},
-    {"calibration", "footprint"},
+    {"calibration", "catalog", "footprint"},
     {"artifact"},
     {"planner"},
     {"assembly", "convert_report", "model_card", "plan", "publish"},

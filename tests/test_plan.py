@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from converted import plain, tiny
 
-from edgekit.artifact import Artifact, open_artifact, open_catalog
+from edgekit.artifact import Artifact, open_artifact
+from edgekit.catalog import open_catalog
 from edgekit.errors import DoesNotFitError, UsageError
 from edgekit.footprint import BATCHES, PROCESS_BYTES, Memory, memory_of, shape_of
 from edgekit.llama import Context, open_model

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from edgekit import reserve
-from edgekit.artifact import open_artifact, open_catalog
+from edgekit.artifact import open_artifact
+from edgekit.catalog import open_catalog
 from edgekit.errors import EdgekitError
 from edgekit.footprint import BATCHES, compute_bytes, kv_bytes
 from edgekit.llama import Context, capture_log, open_model

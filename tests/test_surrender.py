@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from converted import plain, tiny
 
-from edgekit.artifact import Catalog, open_catalog
+from edgekit.catalog import Catalog, open_catalog
 from edgekit.errors import DoesNotFitError
 from edgekit.footprint import BATCHES, memory_of
 from edgekit.plan import Plan, plan_budget, shape_in

@@ -30,12 +30,13 @@ def plan(
     \b
         edgekit plan llama-edge --budget 1.2GiB --context 2048
     """
-    from edgekit.artifact import open_catalog
-    from edgekit.devices.memory import auto_budget
+    from edgekit.catalog import open_catalog
     from edgekit.plan import plan_budget, plan_json
 
     catalog = open_catalog(artifact)
     if budget is None:
+        from edgekit.devices.memory import auto_budget
+
         found = auto_budget()
         budget = found.n_bytes
         note(f"budget {format_size(budget)}: {found.source}")
