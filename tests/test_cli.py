@@ -241,7 +241,7 @@ def test_verbose_shows_the_traceback_above_the_line(here):
     ("command", "code", "words"),
     [
         # object, what it has, what it needs, the next step
-        ("plan llama-edge --budget 10MB", 3, ["lowest depth needs", "9.54 MiB", "give --budget 8"]),
+        ("plan llama-edge --budget 10MB", 3, ["lowest depth needs", "9.54 MiB", "give --budget 7"]),
         ("plan llama-edge --budget 95MiB --context 100000", 3, ["KV cache", "--context "]),
         ("plan llama-edge --budget big", 2, ["'big'", "900MiB"]),
         ("plan Llama-3.2-1B", 2, ["Llama-3.2-1B", "edgekit.json", "edgekit convert"]),

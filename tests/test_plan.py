@@ -98,7 +98,7 @@ def test_memory_is_what_llama_cpp_allocates(
     assert least <= memory.compute_bytes <= most
     _, bound = told_and_planned(artifacts[name], context, kv_type, batch, is_measured=False)
     assert compute - 2 * ROUNDING <= bound.compute_bytes
-    assert memory.kv_bytes == bound.kv_bytes
+    assert memory.kv_bytes <= bound.kv_bytes  # what was not told counts no windows
 
 
 def test_layers_with_a_window_keep_the_window_and_a_batch(artifacts: dict[str, Path]) -> None:
