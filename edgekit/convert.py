@@ -21,7 +21,7 @@ from edgekit.convert_options import Options, check_options
 from edgekit.convert_report import Report, report_of, tier_bytes
 from edgekit.disk import disk_full_reported, require_free
 from edgekit.encode import Job, chain_of, encode_tensor
-from edgekit.errors import UsageError
+from edgekit.errors import EdgekitError, UsageError
 from edgekit.exporters.gguf import header_bytes
 from edgekit.exporters.gguf_values import Value, u32
 from edgekit.exporters.tokenizer import tokenizer_metadata
@@ -36,12 +36,21 @@ from edgekit.progress import Progress
 from edgekit.provenance import artifact_name, source_files, statistics_json, tool_versions
 from edgekit.publish import Encoded, move_into_place, publish, write_manifest
 from edgekit.reserve import measure_memory
+from edgekit.sensitivity import (
+    HEAD,
+    NO_FISHER,
+    Fisher,
+    prior_sensitivity,
+    read_fisher,
+    write_fisher,
+)
 from edgekit.spool import Spool, write_atomically
 from edgekit.stack import Level, Part, Stack
 
 SHARE_OF_SOURCE = 1.02  # an upper bound: an artifact takes 0.90 to 0.95 of a BF16 checkpoint
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: of the K- and IQ-blocks' layouts
-IMATRIX_NAME, VOCABULARY_NAME = "imatrix.gguf", "vocabulary.gguf"
+IMATRIX_NAME, FISHER_NAME = "imatrix.gguf", "fisher.npz"
+VOCABULARY_NAME = "vocabulary.gguf"
 
 
 def convert(
@@ -91,6 +100,7 @@ class _Conversion:
         self.metadata = _metadata(checkpoint, self.mapping)
         self.source_bytes = sum(checkpoint.files.values())
         self.name = artifact_name(checkpoint.folder)
+        self.is_tied = all(tensor.name != HEAD for tensor in self.mapping.tensors)
 
     def run(self, command: Sequence[str]) -> None:
         """Do what is not done yet."""
@@ -106,8 +116,9 @@ class _Conversion:
             imatrix = self._statistics()
             if imatrix is not None and self.options.save_imatrix is not None:
                 write_imatrix(imatrix, self.options.save_imatrix)
-            tensors = self._encode(imatrix, background)
-            facts = self._facts(imatrix, hashes.result(), first_command)
+            fisher = self._fisher()
+            tensors = self._encode(imatrix, fisher, background)
+            facts = self._facts(imatrix, fisher, hashes.result(), first_command)
         self._publish(tensors, facts)
 
     def _job(self) -> Json:
@@ -148,7 +159,32 @@ class _Conversion:
             write_imatrix(imatrix, kept)
         return read_imatrix(kept)
 
-    def _encode(self, imatrix: Imatrix | None, background: ThreadPoolExecutor) -> list[Encoded]:
+    def _fisher(self) -> Fisher:
+        """What errors cost; empty without calibration, and where gradients cannot be had."""
+        if not self.options.statistics:
+            return NO_FISHER
+        kept = self.spool.folder / FISHER_NAME
+        if not kept.is_file():
+            write_fisher(self._collected(), kept)
+        return read_fisher(kept)
+
+    def _collected(self) -> Fisher:
+        try:
+            from edgekit.fisher import collect_fisher
+
+            return collect_fisher(
+                self.checkpoint,
+                self.options.calibration,
+                mapping=self.mapping,
+                progress=self.progress,
+            )
+        except (EdgekitError, ImportError) as error:
+            self.progress.note(f"levels are ordered without gradients, by role: {error}")
+            return NO_FISHER
+
+    def _encode(
+        self, imatrix: Imatrix | None, fisher: Fisher, background: ThreadPoolExecutor
+    ) -> list[Encoded]:
         done: list[Encoded] = []
         commits: list[Future[None]] = []
         self.progress.start("encode", sum(t.n_weights for t in self.mapping.tensors))
@@ -156,7 +192,7 @@ class _Conversion:
             for index, tensor in enumerate(self.mapping.tensors):
                 record = self.spool.record(index)
                 if record is None:
-                    job = self._job_of(tensor, imatrix)
+                    job = self._job_of(tensor, imatrix, fisher)
                     with self.spool.data_path(index).open("wb") as file:
                         record = encode_tensor(tensor, job, file, pool, 2 * self.options.jobs)
                     commits.append(background.submit(self.spool.commit, index, record))
@@ -166,15 +202,18 @@ class _Conversion:
                 commit.result()
         return done
 
-    def _job_of(self, tensor: SourceTensor, imatrix: Imatrix | None) -> Job:
+    def _job_of(self, tensor: SourceTensor, imatrix: Imatrix | None, fisher: Fisher) -> Job:
         n_experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
         weights = None
         if imatrix is not None and tensor.quantizable:
             weights = imatrix.weights_for(tensor.name, n_experts, tensor.shape[-1])
-        return Job(self.options.tiers, self.options.codec, CHUNK_WEIGHTS, weights)
+        sensitivity = fisher.of(tensor.name) or prior_sensitivity(
+            tensor.name, tensor.shape, weights, is_tied=self.is_tied
+        )
+        return Job(self.options.tiers, self.options.codec, CHUNK_WEIGHTS, weights, sensitivity)
 
     def _facts(
-        self, imatrix: Imatrix | None, hashes: list[Json], command: Sequence[str]
+        self, imatrix: Imatrix | None, fisher: Fisher, hashes: list[Json], command: Sequence[str]
     ) -> Manifest:
         """The manifest without what depends on the files."""
         nothing = FileRecord("", 0, "")
@@ -196,7 +235,7 @@ class _Conversion:
             model=model | {"vocab_size": self.mapping.vocab_size},
             source=self._source(hashes),
             tool=tool_versions(command),
-            statistics=statistics_json(imatrix),
+            statistics=statistics_json(imatrix, fisher),
         )
 
     def _source(self, hashes: list[Json]) -> Json:

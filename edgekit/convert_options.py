@@ -10,7 +10,7 @@ from edgekit.errors import UnknownNameError, UsageError
 from edgekit.kernels.ggml import TYPES, row_bytes
 from edgekit.stack import SOURCE
 
-DEFAULT_TIERS = ("Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0", SOURCE)
+DEFAULT_TIERS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", SOURCE)
 
 
 @dataclass(frozen=True)

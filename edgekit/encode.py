@@ -20,6 +20,7 @@ from edgekit.codecs import CODECS
 from edgekit.codecs.chunks import frame, row_ranges
 from edgekit.errors import RefusedError, UsageError
 from edgekit.kernels.ggml import TYPES, dequantize, quantize, row_bytes, type_for
+from edgekit.sensitivity import Sensitivity
 from edgekit.spool import TensorRecord
 from edgekit.stack import SOURCE
 
@@ -61,19 +62,21 @@ class Job:
         codec: Key of `CODECS`.
         chunk_weights: Upper bound of weights in a chunk.
         imatrix: float32 ``[experts, cols]``, mean square of each input column, or ``None``.
+        sensitivity: What errors of the tensor cost.
     """
 
     tiers: tuple[str, ...]
     codec: str
     chunk_weights: int
-    imatrix: F32Array | None = None
+    imatrix: F32Array | None
+    sensitivity: Sensitivity
 
 
 @dataclass(frozen=True)
 class _Chunk:
     blobs: list[bytes]  # one per level
     errors: npt.NDArray[np.float64]  # weighted square error at each tier
-    energy: float  # weighted square of the weights
+    energy: float  # weighted square of the weights: the error of having none
 
 
 def chain_of(source: Source, tiers: Sequence[str], has_weights: bool = True) -> tuple[str, ...]:
@@ -133,7 +136,7 @@ def encode_tensor(
         sizes.append(tuple(len(blob) for blob in chunk.blobs))
         errors, energy = errors + chunk.errors, energy + chunk.energy
     per_expert = tuple(tuple(sizes[i : i + len(ranges)]) for i in range(0, len(sizes), len(ranges)))
-    losses = tuple(float(f"{error / (energy or 1.0):.6g}") for error in errors)
+    losses = tuple(float(f"{loss:.6g}") for loss in job.sensitivity.losses(errors, energy))
     return TensorRecord(source.name, chain, losses, per_expert)
 
 
@@ -163,6 +166,7 @@ def _encode_chunk(
         )
     importance = None if job.imatrix is None else job.imatrix[expert]
     sample = slice(None, None, -(-weights.size // LOSS_WEIGHTS))  # rows the losses are taken from
+    weighted = job.sensitivity.weighing(expert, start, stop, sample)
     blobs, errors, below = [], np.zeros(len(chain)), None
     for i, tier in enumerate(chain):
         kind = source.source_type if tier == SOURCE else tier
@@ -176,12 +180,6 @@ def _encode_chunk(
         if tier != SOURCE:
             kept = dequantize(kind, blocks.reshape(len(weights), -1)[sample])
             wanted = weights[sample]
-            errors[i] = _weighted(kept.reshape(wanted.shape) - wanted, importance)
+            errors[i] = weighted(kept.reshape(wanted.shape) - wanted)
         below = kind, blocks
-    return _Chunk(blobs, errors, _weighted(weights[sample], importance))
-
-
-def _weighted(values: F32Array, importance: F32Array | None) -> float:
-    """Sum of squares, each column times its importance."""
-    per_column = np.einsum("rc,rc->c", values, values).astype(np.float64)
-    return float(per_column.sum() if importance is None else (per_column * importance).sum())
+    return _Chunk(blobs, errors, weighted(weights[sample]))

@@ -91,12 +91,16 @@ class FloatModel:
         logits: F32Array = self._run(self.model, ids).logits.numpy()
         return logits
 
-    def _run(self, module: Any, ids: npt.NDArray[np.int64]) -> Any:
+    def placed(self, ids: npt.NDArray[np.int64]) -> Any:
+        """Load the rows of the embedding that ``ids`` need, in order; the ids as places in them."""
         used, places = np.unique(ids, return_inverse=True)
         rows = _float32(self.checkpoint, EMBEDDING, used)
         self.model.model.embed_tokens.weight = _parameter(rows)
+        return torch.from_numpy(places.reshape(ids.shape))
+
+    def _run(self, module: Any, ids: npt.NDArray[np.int64]) -> Any:
         with torch.no_grad():
-            return module(input_ids=torch.from_numpy(places.reshape(ids.shape)), use_cache=False)
+            return module(input_ids=self.placed(ids), use_cache=False)
 
     def _stream(self, module: Any, prefix: str) -> None:
         module.register_forward_pre_hook(lambda module, _: self._load(module, prefix))
@@ -152,7 +156,9 @@ def batch_chunks(mapping: TensorMapping, chunk: int) -> int:
     return max(1, ACTIVATION_BYTES // (16 * width * chunk))  # gate, up and two products, float32
 
 
-def check_memory(mapping: TensorMapping, chunk: int, *, with_head: bool, hint: str) -> None:
+def check_memory(
+    mapping: TensorMapping, chunk: int, *, with_head: bool, hint: str, with_gradients: bool = False
+) -> None:
     """Compare what a run needs with what is free.
 
     Args:
@@ -160,6 +166,7 @@ def check_memory(mapping: TensorMapping, chunk: int, *, with_head: bool, hint: s
         chunk: Tokens per chunk.
         with_head: Logits are computed too.
         hint: The next step, for the message.
+        with_gradients: One chunk at a time also runs back.
 
     Raises:
         DoesNotFitError: More is needed than is free.
@@ -169,17 +176,28 @@ def check_memory(mapping: TensorMapping, chunk: int, *, with_head: bool, hint: s
         if tensor.name.startswith("blk."):
             index = tensor.name.split(".")[1]
             layers[index] = layers.get(index, 0) + 4 * tensor.n_weights
-    hidden = mapping.hyper.sizes["embd"]
-    needed = max(layers.values()) + 2 * ACTIVATION_BYTES + BASE_BYTES
+    hidden, copies = mapping.hyper.sizes["embd"], 2 if with_gradients else 1
+    needed = copies * max(layers.values()) + 2 * ACTIVATION_BYTES + BASE_BYTES
     needed += 16 * chunk * hidden * batch_chunks(mapping, chunk)
+    if with_gradients:
+        needed += chunk * _bytes_kept(mapping, chunk)
     if with_head:
-        needed += 4 * mapping.vocab_size * (hidden + 2 * chunk)
+        needed += 4 * mapping.vocab_size * copies * (hidden + 2 * chunk)
     free = free_memory()
     if needed > free.n_bytes:
         raise DoesNotFitError(
-            f"running the float32 model needs {format_size(needed)} for its largest layer, "
-            f"{format_size(free.n_bytes)} are free ({free.source}); {hint}"
+            f"running the float32 model {'forward and back ' if with_gradients else ''}needs "
+            f"{format_size(needed)} for its largest layer, {format_size(free.n_bytes)} are free "
+            f"({free.source}); {hint}"
         )
+
+
+def _bytes_kept(mapping: TensorMapping, chunk: int) -> int:
+    """Per token: the inputs of all layers, and what one layer keeps for its way back, float32."""
+    hyper = mapping.hyper
+    width = max(tensor.shape[-1] for tensor in mapping.tensors if "ffn_down" in tensor.name)
+    floats = (hyper.n_layers + 16) * hyper.sizes["embd"] + 4 * hyper.n_heads * chunk
+    return 4 * (floats + 8 * width * max(1, hyper.n_experts_used))
 
 
 def _check_version() -> None:

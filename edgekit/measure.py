@@ -28,9 +28,9 @@ def measure(
     The reference is the highest depth of every tensor: the original values when ``source`` is among
     the tiers.
     """
-    sizes = list(_sizes(artifact))
+    sizes = list(sizes_of(artifact))
     progress.start("measure", len(sizes) + 1)
-    top, rows = Assembly(artifact, _highest(artifact)), []
+    top, rows = Assembly(artifact, highest_depths(artifact)), []
     text = heldout_text()
     with Reference.open(top, text, n_tokens=N_TOKENS, n_threads=n_threads) as reference:
         progress.advance(1)
@@ -70,7 +70,7 @@ def evaluate_path(
         if model.is_dir():
             artifact = stack.enter_context(open_artifact(model))
             source: Source = Assembly(artifact, _depths(artifact, tier, budget))
-            other: Source | None = Assembly(artifact, _highest(artifact))
+            other: Source | None = Assembly(artifact, highest_depths(artifact))
         elif tier is None and budget is None:
             source, other = model, None
         else:
@@ -88,21 +88,22 @@ def _depths(artifact: Artifact, tier: str | None, budget: int | None) -> Depths:
         return plan_tier(artifact, tier).depths
     if budget is not None:
         return plan_budget(artifact, budget).depths
-    return _highest(artifact)
+    return highest_depths(artifact)
 
 
 def _source(path: Path, stack: ExitStack) -> Source:
     if not (path / MANIFEST_NAME).is_file():
         return path
     artifact = stack.enter_context(open_artifact(path))
-    return Assembly(artifact, _highest(artifact))
+    return Assembly(artifact, highest_depths(artifact))
 
 
-def _highest(artifact: Artifact) -> Depths:
+def highest_depths(artifact: Artifact) -> Depths:
+    """Every tensor with all its levels: the original values where ``source`` is among the tiers."""
     return uniform(artifact.stacks, lambda stack: stack.tiers[-1])
 
 
-def _sizes(artifact: Artifact) -> Iterator[Depths]:
+def sizes_of(artifact: Artifact) -> Iterator[Depths]:
     """Depths along the resident order, from the least to the most bytes, evenly in ratio."""
     stacks, order = artifact.stacks, artifact.order(artifact.manifest.resident_order)
     least = uniform(stacks, lambda stack: stack.tiers[0]).weights_bytes
@@ -119,7 +120,7 @@ def _row(artifact: Artifact, depths: Depths, quality: Json) -> Json:
     bits = 8 * depths.weights_bytes / artifact.manifest.n_parameters
     figures = {
         key: _rounded(quality[key])
-        for key in ("kl_mean", "kl_p99", "top1_agreement", "ppl", "ref_ppl")
+        for key in ("kl_mean", "kl_error", "kl_p99", "top1_agreement", "ppl", "ref_ppl")
     }
     return {
         "weights_bytes": depths.weights_bytes,

@@ -9,6 +9,7 @@ from edgekit import __version__
 from edgekit.checkpoint import Checkpoint, contained
 from edgekit.imatrix import Imatrix
 from edgekit.manifest import Json
+from edgekit.sensitivity import Fisher
 
 PACKAGES = ("llama_cpp_python", "gguf", "numpy", "zstandard")
 SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt")
@@ -46,15 +47,23 @@ def tool_versions(command: Sequence[str]) -> Json:
     return {"edgekit": __version__, **versions, "command": list(command)}
 
 
-def statistics_json(imatrix: Imatrix | None) -> Json:
-    """What weighed the columns, and what a level's ``loss`` therefore is."""
-    loss = "weighted square error over weighted square of the weights"
-    if imatrix is None:
-        return {"kind": "none", "loss": f"{loss}, all columns alike"}
-    return {
-        "kind": "imatrix",
-        "datasets": list(imatrix.datasets),
-        "chunks": imatrix.chunk_count,
-        "chunk_tokens": imatrix.chunk_size,
-        "loss": f"{loss}, columns weighted by the mean square of their input",
+def statistics_json(imatrix: Imatrix | None, fisher: Fisher) -> Json:
+    """What weighed the columns, and what a level's ``loss`` is."""
+    told: Json = {"kind": "none"}
+    if imatrix is not None:
+        told = {
+            "kind": "imatrix",
+            "datasets": list(imatrix.datasets),
+            "chunks": imatrix.chunk_count,
+            "chunk_tokens": imatrix.chunk_size,
+        }
+    if not fisher.n_sequences:
+        loss = "a constant of the tensor's role times the relative square error, columns weighted"
+        alike = "alike" if imatrix is None else "by the mean square of their input"
+        return told | {"sensitivity": "role", "loss": f"{loss} {alike}"}
+    return told | {
+        "sensitivity": "fisher",
+        "fisher_sequences": fisher.n_sequences,
+        "fisher_tokens": fisher.n_tokens,
+        "loss": "second-order KL divergence to the source, nats per token",
     }

@@ -36,7 +36,7 @@ class Level:
         codec: Codec that wrote the parts; ``ggml`` for level 0 (plain blocks).
         parts: One part, or one per expert, in file order.
         loss: Loss of quality left at this tier; 0 at ``source``. Unit: see the manifest's
-            ``sensitivity``.
+            ``statistics``.
     """
 
     tensor: str

@@ -28,6 +28,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 import edgekit.calibration
 import edgekit.convert
 import edgekit.evaluate
+import edgekit.fisher
 import edgekit.float_model  # noqa: F401
 from edgekit.cli import main
 

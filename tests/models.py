@@ -5,6 +5,7 @@ trivial: norms differ from one, biases from zero, so a dropped or swapped tensor
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,12 @@ def add_tokenizer(folder: Path, vocab_size: int = VOCAB, chat_template: str | No
         config["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
+
+
+def whole_model(folder: Path) -> transformers.PreTrainedModel:
+    """The checkpoint in ``folder`` as transformers loads it, all of it in memory, float32."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()

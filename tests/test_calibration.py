@@ -1,14 +1,12 @@
 """Statistics of the float model against hooks on transformers' own model, loaded by itself."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import transformers
-from models import add_tokenizer, make_checkpoint
+from models import add_tokenizer, make_checkpoint, whole_model
 
 from edgekit.arch import ARCHS, map_checkpoint
 from edgekit.calibration import Collector, calibrate
@@ -37,14 +35,6 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     return checkpoint
 
 
-def theirs(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-
-
 def collect(checkpoint: Checkpoint, *batches: np.ndarray) -> Imatrix:
     collector = Collector(FloatModel(checkpoint, map_checkpoint(checkpoint)))
     for ids in batches:
@@ -57,7 +47,7 @@ def test_one_layer_at_a_time_computes_what_transformers_does(model_type: str, ma
     checkpoint = make(model_type, "bfloat16" if model_type in ("llama", "qwen3_moe") else "float32")
     model = FloatModel(checkpoint, map_checkpoint(checkpoint))
     with torch.no_grad():
-        want = theirs(checkpoint)(torch.from_numpy(IDS)).logits.numpy()
+        want = whole_model(checkpoint.folder)(torch.from_numpy(IDS)).logits.numpy()
     np.testing.assert_allclose(model.logits(IDS), want, rtol=0, atol=1e-5)
     assert all(parameter.is_meta for parameter in list(model.model.parameters())[1:])
 
@@ -65,7 +55,7 @@ def test_one_layer_at_a_time_computes_what_transformers_does(model_type: str, ma
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3", "gemma3_text", "qwen2_moe"])
 def test_dense_statistics_equal_hooks_on_every_linear_module(model_type: str, make: Make) -> None:
     checkpoint = make(model_type)
-    model, sums = theirs(checkpoint), dict[str, np.ndarray]()
+    model, sums = whole_model(checkpoint.folder), dict[str, np.ndarray]()
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_module: object, inputs: tuple[torch.Tensor]) -> None:
@@ -97,7 +87,7 @@ def test_dense_statistics_equal_hooks_on_every_linear_module(model_type: str, ma
 @pytest.mark.parametrize("model_type", MOE)
 def test_expert_statistics_equal_a_loop_over_tokens(model_type: str, make: Make) -> None:
     checkpoint = make(model_type)
-    model, seen = theirs(checkpoint), list[tuple[torch.Tensor, torch.Tensor]]()
+    model, seen = whole_model(checkpoint.folder), list[tuple[torch.Tensor, torch.Tensor]]()
     experts = model.model.layers[1].mlp.experts
     experts.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
     with torch.no_grad():

@@ -32,7 +32,7 @@ class Tensor:
     ("tensor", "asked", "has_weights", "wanted"),
     [
         (Tensor(512), DEFAULT_TIERS, True, DEFAULT_TIERS),
-        (Tensor(96), DEFAULT_TIERS, True, ("Q4_0", "Q5_0", "Q8_0", "source")),
+        (Tensor(96), DEFAULT_TIERS, True, ("Q4_0", "Q5_0", "Q5_1", "Q8_0", "source")),
         (Tensor(80), DEFAULT_TIERS, True, ("F16", "source")),
         (Tensor(80, "F16"), DEFAULT_TIERS, True, ("source",)),
         (Tensor(512, quantizable=False), ("Q4_K", "Q8_0"), True, ("source",)),

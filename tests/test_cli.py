@@ -121,7 +121,7 @@ def test_convert_json(here):
     for each in (planned, body):
         check(each, artifact=str, source_bytes=SIZE, base_bytes=SIZE, levels_bytes=SIZE)
         check(each, artifact_bytes=SIZE, tiers=dict, n_tensors=COUNT, seconds=NUMBER)
-        assert list(each["tiers"]) == ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0", "source"]
+        assert list(each["tiers"]) == ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "source"]
         for row in each["tiers"].values():
             check(row, bytes=SIZE, bits_per_weight=NUMBER)
     assert planned["tiers"] == body["tiers"]
@@ -245,7 +245,7 @@ def test_verbose_shows_the_traceback_above_the_line(here):
         ("plan llama-edge --budget 95MiB --context 100000", 3, ["KV cache", "--context "]),
         ("plan llama-edge --budget big", 2, ["'big'", "900MiB"]),
         ("plan Llama-3.2-1B", 2, ["Llama-3.2-1B", "edgekit.json", "edgekit convert"]),
-        ("materialize llama-edge --tier Q5_K -o x", 2, ["llama-edge", "Q5_K", "Q4_K, Q6_K"]),
+        ("materialize llama-edge --tier Q4_0 -o x", 2, ["llama-edge", "Q4_0", "Q4_K, Q5_K"]),
         ("materialize llama-edge -o x", 2, ["--tier, --budget or --target-size"]),
         ("materialize llama-edge --target-size 1kB -o x", 3, ["lowest depth", "raise"]),
         ("materialize llama-edge --tier Q4_K -o phone.gguf", 2, ["phone.gguf", "--force"]),

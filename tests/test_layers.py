@@ -21,11 +21,11 @@ FOLDERS = ("edgekit", "devices", "exporters", "kernels")
 LAYERS = (
     {"errors"},
     {"kernels", "progress", "safetensors_header", "samples", "sizes", "spool", "stack"},
-    {"cache", "checkpoint", "codecs", "devices", "disk", "exporters"},
+    {"cache", "checkpoint", "codecs", "devices", "disk", "exporters", "sensitivity"},
     {"governor", "receipts"},
     {"arch", "encode", "imatrix", "llama", "manifest"},
     {"convert_options", "float_model", "manifest_reader", "provenance", "text"},
-    {"calibration", "catalog", "footprint"},
+    {"calibration", "catalog", "fisher", "footprint"},
     {"artifact"},
     {"planner"},
     {"assembly", "convert_report", "model_card", "plan", "publish"},

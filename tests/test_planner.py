@@ -111,6 +111,20 @@ def test_a_fill_is_within_one_step_of_the_lagrangian_bound_and_of_the_knapsack(
     assert depths.weights_bytes == sum(bytes_of(s, depths.tier(s.name)) for s in stacks) <= budget
 
 
+@settings(max_examples=200)
+@given(stacks_of(), st.floats(0, 1))
+def test_a_fill_is_never_worse_than_exhaustive_search_by_more_than_one_level(
+    stacks: list[Stack], share: float
+) -> None:
+    all_choices = choices(stacks)
+    least, most = min(n for n, _ in all_choices), max(n for n, _ in all_choices)
+    budget = least + round(share * (most - least))
+    ours = loss_of(stacks, dict(fill(stacks, load_order(stacks, resident_step), budget).tiers))
+    exact = min(loss for n, loss in all_choices if n <= budget)
+    biggest = max(a.loss - b.loss for s in stacks for a, b in pairwise(s.levels))
+    assert exact <= ours <= exact + biggest + 1e-6
+
+
 @settings(max_examples=60)
 @given(stacks_of())
 def test_at_every_corner_of_the_hull_greedy_is_the_exact_knapsack(stacks: list[Stack]) -> None:

@@ -19,7 +19,10 @@ from edgekit.sizes import format_size
     "-o", "--output", type=options.NEW_PATH, required=True, help="Folder of the artifact."
 )
 @click.option(
-    "--tiers", default="Q2_K,Q3_K,Q4_K,Q6_K,Q8_0,source", show_default=True, help="Lowest first."
+    "--tiers",
+    default="Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q8_0,source",
+    show_default=True,
+    help="Lowest first.",
 )
 @click.option("--codec", type=click.Choice(["nested"]), default="nested", show_default=True)
 @click.option(

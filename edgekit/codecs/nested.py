@@ -14,7 +14,8 @@ the values, the high bytes.
 
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +29,23 @@ from edgekit.kernels.packing_ref import digit_bytes
 
 __all__ = ["CHILDREN", "decode_chunk", "encode_chunk"]
 
+Compress = Callable[[ByteArray], bytes]
+
 FORMAT = 1
-ZSTD_LEVEL = 1
+# Digits repeat by chance only, and a match costs more than the digits it stands for. Strategy
+# "fast" with the longest match and the smallest table finds next to none: entropy coding is left,
+# 0.5 % smaller than zstd's level 1 and no slower. Level 3 finds more and is 1.6 % larger.
+DIGITS = zstandard.ZstdCompressionParameters(
+    strategy=zstandard.STRATEGY_FAST,
+    min_match=7,
+    hash_log=6,
+    chain_log=6,
+    search_log=1,
+    window_log=20,
+    write_checksum=False,
+)
+# Scales do repeat: 3.5 % smaller than at level 1, for 14 ms more per million weights and chain.
+REST_LEVEL = 13
 _HEAD = struct.Struct("<B3I")
 _STREAM = struct.Struct("<BIII")
 _TAIL = struct.Struct("<II")
@@ -49,8 +65,9 @@ def encode_chunk(parent_type: str, child_type: str, parent: ByteArray, child: By
         RefusedError: The two differ in their number of weights.
     """
     level = nested.encode(parent_type, child_type, parent, child)
-    frames = [_compress(s.digits) for s in level.streams]
-    patches, rest = _compress(_join_patches(level.streams)), _compress(level.rest)
+    compress_digits, compress_rest = _compressors()
+    frames = [compress_digits(s.digits) for s in level.streams]
+    patches, rest = compress_rest(_join_patches(level.streams)), compress_rest(level.rest)
     head = _HEAD.pack(FORMAT, *level.limits.tolist()) + b"".join(
         _STREAM.pack(s.width, s.n_residuals, len(s.gaps), len(frame))
         for s, frame in zip(level.streams, frames, strict=True)
@@ -159,12 +176,19 @@ def _split_patches(
 _thread = threading.local()  # zstd contexts are not for two threads at once
 
 
-def _compress(data: ByteArray) -> bytes:
-    if not len(data):
-        return b""
-    if not hasattr(_thread, "compressor"):
-        _thread.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=False)
-    return bytes(_thread.compressor.compress(np.ascontiguousarray(data)))
+def _compressors() -> tuple[Compress, Compress]:
+    """For digits, and for the rest."""
+    if not hasattr(_thread, "compressors"):
+        _thread.compressors = (
+            zstandard.ZstdCompressor(compression_params=DIGITS),
+            zstandard.ZstdCompressor(level=REST_LEVEL, write_checksum=False),
+        )
+    digits, rest = _thread.compressors
+    return partial(_compress, digits), partial(_compress, rest)
+
+
+def _compress(compressor: zstandard.ZstdCompressor, data: ByteArray) -> bytes:
+    return bytes(compressor.compress(data.tobytes())) if len(data) else b""
 
 
 def _decompress(frame: memoryview, size: int) -> ByteArray:

@@ -2,8 +2,8 @@
 
 Ours is `edgekit convert --no-calibration --no-measure`: it writes the base, every level up to the
 lossless source, and syncs them. Theirs is `llama_model_quantize` (pure) from an F16 GGUF of the
-same model to Q2_K, Q3_K, Q4_K, Q6_K and Q8_0, one file after the other. Both run as processes of
-their own with as many threads; times are of the whole process. Peaks: VmHWM, and the most
+same model to Q2_K, Q3_K, Q4_K, Q5_K, Q6_K and Q8_0, one file after the other. Both run as processes
+of their own with as many threads; times are of the whole process. Peaks: VmHWM, and the most
 anonymous memory seen ten times a second. Prints one JSON line last.
 
     python tests/bench/bench_convert.py --shape llama-3.2-1b --pairs 3
@@ -24,7 +24,14 @@ from typing import Any
 
 from checkpoints import SHAPES, make_checkpoint
 
-FTYPES = {"Q2_K": "Q2_K", "Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q6_K": "Q6_K", "Q8_0": "Q8_0"}
+FTYPES = {
+    "Q2_K": "Q2_K",
+    "Q3_K": "Q3_K_M",
+    "Q4_K": "Q4_K_M",
+    "Q5_K": "Q5_K_M",
+    "Q6_K": "Q6_K",
+    "Q8_0": "Q8_0",
+}
 QUANTIZE = """
 import ctypes, os, sys
 import llama_cpp

@@ -22,10 +22,10 @@ from edgekit.codecs.chunks import CHUNK_WEIGHTS
 from edgekit.codecs.nested import decode_chunk, encode_chunk
 from edgekit.kernels import ggml, native
 
-CHAIN = ("Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0", "BF16")
+CHAIN = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "BF16")
 SHAPES = {"llama3.2-1b.down": (2048, 8192), "qwen3-0.6b.down": (1024, 3072)}  # rows, cols
 # What docs and DESIGN promise: bits per weight of codes + scales as a level on the one before.
-PLAIN_ENTROPY = {"Q3_K": 1.90, "Q4_K": 1.91, "Q6_K": 2.89, "Q8_0": 2.53, "BF16": 3.5}
+PLAIN_ENTROPY = {"Q3_K": 1.90, "Q4_K": 1.91, "Q5_K": 1.89, "Q6_K": 2.07, "Q8_0": 2.53, "BF16": 3.5}
 
 
 def gaussian(rows: int, cols: int, chunk: int) -> np.ndarray:
