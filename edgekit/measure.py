@@ -30,12 +30,15 @@ def measure(
     """
     sizes = list(sizes_of(artifact))
     progress.start("measure", len(sizes) + 1)
-    top, rows = Assembly(artifact, highest_depths(artifact)), []
-    text = heldout_text()
-    with Reference.open(top, text, n_tokens=N_TOKENS, n_threads=n_threads) as reference:
+    text, rows = heldout_text(), []
+    with (
+        Assembly(artifact, highest_depths(artifact)) as top,
+        Reference.open(top, text, n_tokens=N_TOKENS, n_threads=n_threads) as reference,
+    ):
         progress.advance(1)
         for depths in sizes:
-            quality = evaluate(Assembly(artifact, depths), reference, n_threads=n_threads)
+            with Assembly(artifact, depths) as source:
+                quality = evaluate(source, reference, n_threads=n_threads)
             rows.append(_row(artifact, depths, asdict(quality)))
             progress.advance(1)
     return tuple(rows)
@@ -69,8 +72,10 @@ def evaluate_path(
     with ExitStack() as stack:
         if model.is_dir():
             artifact = stack.enter_context(open_artifact(model))
-            source: Source = Assembly(artifact, _depths(artifact, tier, budget))
-            other: Source | None = Assembly(artifact, highest_depths(artifact))
+            depths = _depths(artifact, tier, budget)
+            source: Source = stack.enter_context(Assembly(artifact, depths))
+            highest = highest_depths(artifact)
+            other: Source | None = stack.enter_context(Assembly(artifact, highest))
         elif tier is None and budget is None:
             source, other = model, None
         else:
@@ -95,7 +100,7 @@ def _source(path: Path, stack: ExitStack) -> Source:
     if not (path / MANIFEST_NAME).is_file():
         return path
     artifact = stack.enter_context(open_artifact(path))
-    return Assembly(artifact, highest_depths(artifact))
+    return stack.enter_context(Assembly(artifact, highest_depths(artifact)))
 
 
 def highest_depths(artifact: Artifact) -> Depths:

@@ -114,8 +114,9 @@ def windowed_layers(architecture: str, model: Json) -> list[bool]:
 
 
 def _without_weights(artifact: Artifact) -> Model:
-    assembly = Assembly(artifact, uniform(artifact.stacks, lambda stack: stack.tiers[0]))
-    return open_model(assembly, header=assembly.gguf, no_alloc=True)
+    depths = uniform(artifact.stacks, lambda stack: stack.tiers[0])
+    with Assembly(artifact, depths) as assembly:
+        return open_model(assembly, header=assembly.gguf, no_alloc=True)
 
 
 def _row(model: Model, shape: Shape, kv_type: str, batch: int) -> tuple[Json, list[str]]:
