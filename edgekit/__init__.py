@@ -1,14 +1,15 @@
 """edgekit: convert a language model once, run it at every memory budget."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from edgekit.isolated import IsolatedSession
     from edgekit.session import Session
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "load_isolated"]
 
 
 def load(
@@ -36,3 +37,14 @@ def load(
     from edgekit.loader import load
 
     return load(path, budget, context, kv_type, n_threads, residency, follow, repack)
+
+
+def load_isolated(path: Path | str, **options: object) -> "AbstractContextManager[IsolatedSession]":
+    """As `load`, in a process of its own: if llama.cpp is killed or aborts, the caller goes on.
+
+    The budget is that of the child; ``options`` are `load`'s arguments by name. Where the caller
+    would have died, the next call raises one of edgekit's errors.
+    """
+    from edgekit.isolated import IsolatedSession
+
+    return closing(IsolatedSession(path, dict(options)))

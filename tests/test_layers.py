@@ -35,6 +35,7 @@ LAYERS = (
     {"engine"},
     {"session"},
     {"loader"},
+    {"isolated"},
     {"cli"},
     {"__main__"},
 )
