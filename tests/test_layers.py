@@ -29,7 +29,7 @@ LAYERS = (
     {"planner"},
     {"assembly", "convert_report", "model_card", "plan", "publish"},
     {"evaluate"},
-    {"measure"},
+    {"measure", "pruning"},
     {"convert", "inspect", "loader", "materialize", "report"},
     {"cli"},
     {"__main__"},
