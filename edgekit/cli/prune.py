@@ -1,0 +1,122 @@
+"""``edgekit prune``."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from edgekit.cli import options
+from edgekit.cli.console import note, print_json, print_table, progress_bars
+from edgekit.errors import EdgekitError
+
+METRICS = ("condition", "leverage", "magnitude", "wanda", "flap", "taylor")
+
+
+@click.command()
+@click.argument("checkpoint", type=options.FOLDER)
+@click.option(
+    "-o", "--output", type=options.NEW_PATH, required=True, help="Folder of the new checkpoint."
+)
+@click.option(
+    "--ratio",
+    type=click.FloatRange(0, 1, max_open=True),
+    required=True,
+    help="Share of all parameters to remove, such as 0.2.",
+)
+@click.option("--metric", type=click.Choice(METRICS), default="condition", show_default=True)
+@click.option(
+    "--calibration",
+    type=options.FILE,
+    help="Text to calibrate on; default: a text that ships with edgekit.",
+)
+@click.option(
+    "--tokens", type=click.IntRange(min=256), default=16384, show_default=True, help="Of the text."
+)
+@click.option("--no-tuning", is_flag=True, help="Cut only; do not refit what is left.")
+@click.option(
+    "--multiple",
+    type=click.Choice(["32", "64", "128", "256"]),
+    default="256",
+    show_default=True,
+    help="Cut widths to multiples of this; rows below 256 keep K-quants from being used.",
+)
+@click.option("--layers", type=click.IntRange(min=0), help="Layers to remove; default: measured.")
+@click.option(
+    "--search",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Generations of an evolutionary search for the layers to remove.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of that search.")
+@click.option("--resume", is_flag=True, help="Go on with the same pruning where it was stopped.")
+@options.force
+@options.dry_run
+@options.as_json
+@options.verbose
+def prune(
+    checkpoint: Path,
+    output: Path,
+    ratio: float,
+    metric: str,
+    calibration: Path | None,
+    tokens: int,
+    no_tuning: bool,
+    multiple: str,
+    layers: int | None,
+    search: int,
+    seed: int,
+    resume: bool,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Remove layers and neurons of the Hugging Face folder CHECKPOINT; write a smaller one.
+
+    \b
+        edgekit prune ./Llama-3.2-1B -o llama-small --ratio 0.2
+        edgekit prune ./Llama-3.2-1B -o llama-small --ratio 0.2 --metric flap --no-tuning
+    """
+    try:
+        from edgekit.pruning.prune import Options, preview, prune
+    except ImportError as error:
+        raise EdgekitError(f"pruning needs {error.name}; pip install edgekit[convert]") from error
+    chosen = Options(
+        ratio=ratio,
+        metric=metric,
+        calibration=calibration,
+        tokens=tokens,
+        tunes=not no_tuning,
+        multiple=int(multiple),
+        n_removed=layers,
+        search=search,
+        seed=seed,
+        resume=resume,
+        force=force,
+    )
+    if dry_run:
+        rows = preview(checkpoint, output, chosen)
+        if as_json:
+            print_json({"candidates": rows})
+        else:
+            _print_kept(f"{checkpoint} could become", rows)
+        return
+    with progress_bars() as progress:
+        report = prune(checkpoint, output, chosen, progress, ["edgekit", *sys.argv[1:]])
+    if as_json:
+        print_json(asdict(report))
+        return
+    _print_kept(report.path, [{"kept": report.kept, "ratio": report.ratio}])
+    note(
+        f"{report.path}: {report.ratio:.1%} removed of {ratio:.1%} asked for, KL "
+        f"{report.kl_mean:.4g}, perplexity {report.ref_ppl:.4g} -> {report.ppl:.4g}; "
+        f"{report.seconds:.1f} s, {max(report.layer_seconds):.1f} s for the slowest layer"
+    )
+
+
+def _print_kept(title: str, rows: list[dict[str, object]]) -> None:
+    columns = ("ratio", *rows[0]["kept"])  # type: ignore[misc]
+    cells = [(f"{row['ratio']:.4f}", *row["kept"].values()) for row in rows]  # type: ignore[attr-defined]
+    print_table(title, columns, cells)
