@@ -31,6 +31,7 @@ LAYERS = (
     {"evaluate"},
     {"measure", "pruning"},
     {"convert", "inspect", "loader", "materialize", "report"},
+    {"prune_report"},
     {"cli"},
     {"__main__"},
 )

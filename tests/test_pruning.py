@@ -18,6 +18,7 @@ from edgekit.arch import map_checkpoint
 from edgekit.checkpoint import Checkpoint
 from edgekit.cli import main
 from edgekit.errors import UnsupportedError
+from edgekit.prune_report import verdict
 from edgekit.pruning.cut import Cut, candidates, n_parameters, ratio_of, whole
 from edgekit.pruning.layers import Layers
 from edgekit.pruning.metrics import METRICS
@@ -325,3 +326,35 @@ def test_a_dry_run_lists_combinations_and_writes_nothing(checkpoint: Path, tmp_p
         row["kept"] for row in rows
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_with_prune_equals_pruning_and_then_converting(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    more = ["--calibration", str(text)]
+    tail = ["--tiers", "Q4_K,source", "--no-measure", "--jobs", "1"]
+
+    def run(*command: object) -> None:
+        result = CliRunner().invoke(main, [*map(str, command), *more], catch_exceptions=False)
+        assert result.exit_code == 0, result.stderr
+
+    run("convert", checkpoint, "-o", tmp_path / "both", "--prune", 0.22, *tail)
+    run("prune", checkpoint, "-o", tmp_path / "tiny-pruned", "--ratio", 0.22)
+    run("convert", tmp_path / "tiny-pruned", "-o", tmp_path / "one", *tail)
+    for path in (tmp_path / "one").glob("*.[gl]*"):  # the GGUF and the levels
+        assert path.read_bytes() == (tmp_path / "both" / path.name).read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_verdict_says_when_quantization_alone_is_better() -> None:
+    def row(model: str, n_bytes: int, kl: float, speed: float) -> dict[str, Any]:
+        figures = {"weights_bytes": n_bytes, "kl_mean": kl, "tokens_per_second": speed}
+        return {"model": model, "at": "Q4_K", **figures}
+
+    pruned = row("pruned", 100, 0.3, 50)
+    (line,) = verdict([pruned, row("whole", 100, 0.2, 40), row("whole", 90, 0.4, 60)])
+    assert "at equal bytes quantization alone is better (KL 0.2 whole, 0.3 pruned)" in line
+    assert "at equal tokens/s pruning is better (KL 0.4 whole, 0.3 pruned)" in line
+    assert "bytes quantization alone cannot get there" in verdict([pruned])[0]

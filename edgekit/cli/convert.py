@@ -23,6 +23,12 @@ from edgekit.sizes import format_size
 )
 @click.option("--codec", type=click.Choice(["nested"]), default="nested", show_default=True)
 @click.option(
+    "--prune",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    help="Prune first, by this share of all parameters (edgekit prune).",
+)
+@click.option(
     "--calibration",
     type=options.FILE,
     help="Text to calibrate on; default: a text that ships with edgekit.",
@@ -52,6 +58,7 @@ def convert(
     output: Path,
     tiers: str,
     codec: str,
+    prune: float,
     calibration: Path | None,
     imatrix: Path | None,
     no_calibration: bool,
@@ -80,6 +87,7 @@ def convert(
     chosen = Options(
         tiers=tuple(tiers.replace(" ", "").split(",")),
         codec=codec,
+        prune=prune,
         calibration=calibration,
         imatrix=imatrix,
         statistics=not no_calibration,

@@ -3,12 +3,18 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgekit.cli import options
 from edgekit.cli.console import note, print_json, print_table, progress_bars
 from edgekit.errors import EdgekitError
+from edgekit.progress import Progress
+from edgekit.sizes import format_size
+
+if TYPE_CHECKING:
+    from edgekit.pruning.prune import Options
 
 METRICS = ("condition", "leverage", "magnitude", "wanda", "flap", "taylor")
 
@@ -50,6 +56,13 @@ METRICS = ("condition", "leverage", "magnitude", "wanda", "flap", "taylor")
     help="Generations of an evolutionary search for the layers to remove.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of that search.")
+@click.option("--report", is_flag=True, help="Also measure every metric, and quantization alone.")
+@click.option(
+    "--repair-rank",
+    type=click.IntRange(min=1),
+    help="Also write a llama.cpp adapter of this rank that repairs --repair-tier.",
+)
+@click.option("--repair-tier", default="Q2_K", show_default=True, help="ggml type to repair.")
 @click.option("--resume", is_flag=True, help="Go on with the same pruning where it was stopped.")
 @options.force
 @options.dry_run
@@ -67,6 +80,9 @@ def prune(
     layers: int | None,
     search: int,
     seed: int,
+    report: bool,
+    repair_rank: int | None,
+    repair_tier: str,
     resume: bool,
     force: bool,
     dry_run: bool,
@@ -77,10 +93,10 @@ def prune(
 
     \b
         edgekit prune ./Llama-3.2-1B -o llama-small --ratio 0.2
-        edgekit prune ./Llama-3.2-1B -o llama-small --ratio 0.2 --metric flap --no-tuning
+        edgekit prune ./Llama-3.2-1B -o llama-small --ratio 0.2 --report --repair-rank 16
     """
     try:
-        from edgekit.pruning.prune import Options, preview, prune
+        from edgekit.pruning.prune import Options, preview, prune_and_repair
     except ImportError as error:
         raise EdgekitError(f"pruning needs {error.name}; pip install edgekit[convert]") from error
     chosen = Options(
@@ -93,6 +109,8 @@ def prune(
         n_removed=layers,
         search=search,
         seed=seed,
+        repair_rank=repair_rank,
+        repair_tier=repair_tier,
         resume=resume,
         force=force,
     )
@@ -104,19 +122,35 @@ def prune(
             _print_kept(f"{checkpoint} could become", rows)
         return
     with progress_bars() as progress:
-        report = prune(checkpoint, output, chosen, progress, ["edgekit", *sys.argv[1:]])
+        made = prune_and_repair(checkpoint, output, chosen, progress, ["edgekit", *sys.argv[1:]])
+        measured = _measured(checkpoint, output, chosen, progress) if report else {}
     if as_json:
-        print_json(asdict(report))
+        print_json(asdict(made) | {"peak_rss_bytes": _peak()} | measured)
         return
-    _print_kept(report.path, [{"kept": report.kept, "ratio": report.ratio}])
+    _print_kept(made.path, [{"kept": made.kept, "ratio": made.ratio}])
     note(
-        f"{report.path}: {report.ratio:.1%} removed of {ratio:.1%} asked for, KL "
-        f"{report.kl_mean:.4g}, perplexity {report.ref_ppl:.4g} -> {report.ppl:.4g}; "
-        f"{report.seconds:.1f} s, {max(report.layer_seconds):.1f} s for the slowest layer"
+        f"{made.path}: {made.ratio:.1%} removed of {ratio:.1%} asked for, KL {made.kl_mean:.4g}, "
+        f"perplexity {made.ref_ppl:.4g} -> {made.ppl:.4g}; {made.seconds:.1f} s, "
+        f"{max(made.layer_seconds):.1f} s for the slowest layer, peak {format_size(_peak())}"
     )
+    for line in measured.get("verdict", ()):
+        note(line)
 
 
-def _print_kept(title: str, rows: list[dict[str, object]]) -> None:
-    columns = ("ratio", *rows[0]["kept"])  # type: ignore[misc]
-    cells = [(f"{row['ratio']:.4f}", *row["kept"].values()) for row in rows]  # type: ignore[attr-defined]
-    print_table(title, columns, cells)
+def _measured(
+    checkpoint: Path, output: Path, chosen: "Options", progress: Progress
+) -> dict[str, Any]:
+    from edgekit.prune_report import report
+
+    return report(checkpoint, output, chosen, progress)
+
+
+def _peak() -> int:
+    from edgekit.loader import peak_rss_bytes
+
+    return peak_rss_bytes()
+
+
+def _print_kept(title: str, rows: list[dict[str, Any]]) -> None:
+    columns = ("ratio", *rows[0]["kept"])
+    print_table(title, columns, [(f"{r['ratio']:.4f}", *r["kept"].values()) for r in rows])

@@ -86,6 +86,19 @@ def ratio_of(mapping: Mapping, cut: Cut) -> float:
     return 1 - n_parameters(mapping, cut) / n_parameters(mapping, whole(mapping))
 
 
+def kept(mapping: Mapping, cut: Cut) -> dict[str, int]:
+    """What is left, in plain words."""
+    extents = sizes(mapping.hyper, cut)
+    found = {
+        "layers": len(cut.layers),
+        "attention_heads": extents["q"] // extents["head"],
+        "key_value_heads": cut.kv_heads,
+    }
+    if mapping.hyper.n_experts:
+        return found | {"experts": cut.experts, "expert_neurons": cut.ffe}
+    return found | {"neurons": cut.ff}
+
+
 def cut_config(config: Config, mapping: Mapping, cut: Cut) -> Config:
     """The config.json of the result; every field with an entry per layer is rewritten.
 

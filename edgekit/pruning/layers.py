@@ -22,6 +22,10 @@ from edgekit.pruning.weights import Layer, parameters
 
 Tensor = Any
 Ids = npt.NDArray[np.int64]
+EXPERTS = {  # 3-D parameters, and the tensors of the GGUF that have the same input
+    "mlp.experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+    "mlp.experts.down_proj": ("ffn_down_exps.weight",),
+}
 HEAD_ROWS = 1 << 14  # of the output head in float32 at a time: 128 MiB at a width of 2048
 
 
@@ -98,14 +102,13 @@ class Layers:
         """
         flow, module = Flow(), self.model.model.layers[index]
         weights = parameters(layer, self.mapping)
+        experts = {w.data_ptr() for name in EXPERTS for w in weights.get(name, ())}
         names = {value.data_ptr(): suffix for suffix, value in layer.items() if value.ndim == 2}
-        experts = weights.get("mlp.experts.down_proj")
-        taken: dict[int, Tensor] = {}
-        down = {} if experts is None else {w.data_ptr(): e for e, w in enumerate(experts)}
+        taken: dict[int, Tensor] = {}  # by the address of an expert's matrix
 
         def take(address: int, inputs: Tensor) -> None:
-            if address in down:
-                taken[down[address]] = inputs
+            if address in experts:
+                taken[address] = inputs
             elif address in names:
                 flow.inputs[names[address]] = inputs if grad else _rows(inputs)
             if inputs.requires_grad:
@@ -115,8 +118,10 @@ class Layers:
             with torch.enable_grad() if grad else torch.no_grad():
                 call = self._calls[tuple(hidden.shape[:2])][index]
                 flow.out = torch.func.functional_call(module, weights, (hidden,), call)
-        if wants and experts is not None:
-            _sort_by_expert(flow, taken, len(experts), experts.shape[-1])
+        for name, suffixes in EXPERTS.items() if wants and experts else ():
+            empty = torch.zeros(0, weights[name].shape[-1])  # for an expert without a token
+            seen = [taken.get(w.data_ptr(), empty) for w in weights[name]]
+            flow.inputs |= dict.fromkeys(suffixes, seen)
         return flow
 
     def logits(self, checkpoint: Checkpoint, hidden: Tensor) -> Tensor:
@@ -188,9 +193,3 @@ def _route(flow: Flow, out: tuple[Tensor, Tensor, Tensor]) -> None:
         place, token = torch.where((chosen == expert).T)
         flow.rows.append(token)
         flow.shares.append(shares[token, place])
-
-
-def _sort_by_expert(flow: Flow, taken: dict[int, Tensor], n_experts: int, width: int) -> None:
-    """Inputs of the experts' down projections in order; those without a token are empty."""
-    empty = torch.zeros(0, width)
-    flow.inputs["ffn_down_exps.weight"] = [taken.get(e, empty) for e in range(n_experts)]

@@ -19,39 +19,37 @@ from edgekit.arch import Mapping, map_checkpoint
 from edgekit.checkpoint import Checkpoint
 from edgekit.devices.memory import free_memory
 from edgekit.disk import disk_full_reported, require_free
-from edgekit.errors import DoesNotFitError, UnsupportedError, UsageError
-from edgekit.float_model import batch_chunks, check_memory
+from edgekit.errors import DoesNotFitError, UsageError
+from edgekit.float_model import check_memory
+from edgekit.kernels.ggml import ggml_type
 from edgekit.progress import Progress, Silent
 from edgekit.provenance import source_files
+from edgekit.pruning.choose import Chooser
 from edgekit.pruning.cut import (
     MULTIPLE,
     Cut,
     candidates,
     cut_config,
-    is_allowed,
+    kept,
     n_parameters,
     ratio_of,
-    sizes,
     whole,
 )
 from edgekit.pruning.layers import Ids, Layers
-from edgekit.pruning.metrics import METRICS, get_metric
+from edgekit.pruning.metrics import get_metric
 from edgekit.pruning.output import layer_entries, outer_entries, shard_name, write_rest, write_shard
-from edgekit.pruning.search import Probe, best_cut, evolve, removal_order
-from edgekit.pruning.stages import HELD_OUT, Recipe
+from edgekit.pruning.repair import repair
+from edgekit.pruning.search import Probe
+from edgekit.pruning.stages import Recipe
 from edgekit.pruning.taylor import Effects, effects
+from edgekit.pruning.texts import batches, tokens
 from edgekit.pruning.walk import State, Walk
 from edgekit.publish import move_into_place
-from edgekit.samples import CALIBRATION_TEXT, heldout_text
 from edgekit.sizes import format_size
 from edgekit.spool import Spool, write_atomically
-from edgekit.text import read_text, token_chunks, vocabulary
 
 Json = dict[str, Any]
 
-CHUNK_TOKENS = 256  # that attend to each other
-PROBE_CHUNKS = 4  # that layers and shares are chosen by, and as many to measure the result with
-TRIAL = Recipe(METRICS["wanda"], tunes=False)  # see docs/pruning.md: the same choice for less
 HINT = "give fewer --tokens, or close other programs"
 
 
@@ -69,6 +67,8 @@ class Options:
         n_removed: Layers that go; ``None``: measured.
         search: Generations of the evolutionary search over layers.
         seed: Of that search.
+        repair_rank: Rank of an adapter that repairs ``repair_tier``; ``None``: no adapter.
+        repair_tier: ggml type that the result will be stored in.
         resume: Go on where the same pruning was stopped.
         force: Replace an existing output.
     """
@@ -82,6 +82,8 @@ class Options:
     n_removed: int | None = None
     search: int = 0
     seed: int = 0
+    repair_rank: int | None = None
+    repair_tier: str = "Q2_K"
     resume: bool = False
     force: bool = False
 
@@ -139,13 +141,30 @@ def prune(
     return _report_of(output)
 
 
+def prune_and_repair(
+    folder: Path, output: Path, options: Options, progress: Progress, command: Sequence[str] = ()
+) -> Report:
+    """`prune`, and where a rank is asked for an adapter ``repair-TIER-rRANK.gguf`` in ``output``.
+
+    Raises:
+        UsageError: The tier is no ggml type, besides what `prune` raises.
+    """
+    ggml_type(options.repair_tier)
+    report = prune(folder, output, options, progress, command)
+    if options.repair_rank is not None:
+        rank, tier = options.repair_rank, options.repair_tier
+        path = output / f"repair-{tier}-r{rank}.gguf"
+        repair(output, path, tier, rank, text=options.calibration, progress=progress)
+    return report
+
+
 def preview(folder: Path, output: Path, options: Options) -> list[Json]:
     """The combinations that `prune` would choose from; reads no weights."""
     if output.is_symlink() or (output.exists() and not options.force):
         raise UsageError(f"{output} exists; choose another -o, or replace it with --force")
     mapping = map_checkpoint(Checkpoint.open(folder))
     return [
-        {"kept": _kept(mapping, cut), "ratio": ratio_of(mapping, cut)}
+        {"kept": kept(mapping, cut), "ratio": ratio_of(mapping, cut)}
         for cut in _candidates(mapping, options)
     ]
 
@@ -182,7 +201,8 @@ class _Pruning:
         """Do what is not done yet."""
         for note in self.mapping.notes:
             self.progress.note(note)
-        fit, probe, held = self._tokens()
+        text, n_tokens = self.options.calibration, self.options.tokens
+        fit, probe, held = tokens(self.checkpoint, self.mapping, text, n_tokens)
         _require_memory(self.mapping, fit)
         n_bytes = sum(self.checkpoint.files.values())
         require_free(self.output.parent, n_bytes, f"pruning {self.checkpoint.folder}")
@@ -194,25 +214,10 @@ class _Pruning:
         move_into_place(self.staged, self.output)
         self.spool.remove()
 
-    def _tokens(self) -> tuple[Ids, Ids, Ids]:
-        """Chunks to fit to, to choose by, and to measure with."""
-        path = self.options.calibration or CALIBRATION_TEXT
-        text = read_text(path)
-        longest = int(self.mapping.metadata[f"{self.mapping.architecture}.context_length"].value)
-        size = min(CHUNK_TOKENS, longest)
-        n_fit = max(1, self.options.tokens // size)
-        with vocabulary(self.checkpoint, self.mapping) as vocab:
-            chunks = token_chunks(vocab, text, size, n_fit + PROBE_CHUNKS, str(path))
-            held = token_chunks(vocab, heldout_text(), size, PROBE_CHUNKS, "the held-out text")
-        if len(chunks) <= PROBE_CHUNKS:  # a short text has to serve for both
-            return chunks, chunks, held
-        chosen = np.linspace(0, len(chunks) - 1, PROBE_CHUNKS).round().astype(int)
-        return np.delete(chunks, chosen, 0), chunks[chosen], held
-
     def _job(self) -> Json:
         """What must be the same for a resumed pruning to end like an undisturbed one."""
         files = [[p.name, n, p.stat().st_mtime_ns] for p, n in self.checkpoint.files.items()]
-        choices = asdict(replace(self.options, resume=False, force=False))
+        choices = asdict(replace(self.options, repair_rank=None, resume=False, force=False))
         return {
             "edgekit": __version__,
             "checkpoint": str(self.checkpoint.folder.resolve()),
@@ -225,8 +230,8 @@ class _Pruning:
         dense = Layers(self.mapping, self.checkpoint.config)
         cut, trials = self._cut(dense, probe)
         walk = self._walk(dense, cut, fit)
-        batches, others = _batches(fit, self.mapping), [held]
-        seconds, final = self._layers(walk, walk.start(batches, others))
+        state = walk.start(batches(fit, self.mapping), [held])
+        seconds, final = self._layers(walk, state)
         measured = Probe.of(self.checkpoint, dense, held)
         shards = [shard_name(i + 1, len(cut.layers) + 1) for i in range(len(cut.layers) + 1)]
         write_shard(self.staged / shards[-1], outer_entries(self.mapping))
@@ -241,7 +246,7 @@ class _Pruning:
         if cut == whole(self.mapping):
             recipe = replace(recipe, tunes=False)  # nothing to make up for: bit for bit
         elif recipe.metric.needs_effect:
-            seen = effects(self.checkpoint, dense, _batches(fit, self.mapping))
+            seen = effects(self.checkpoint, dense, batches(fit, self.mapping))
         return Walk(self.checkpoint, dense, cut, recipe, seen)
 
     def _cut(self, dense: Layers, ids: Ids) -> tuple[Cut, list[Json]]:
@@ -250,54 +255,11 @@ class _Pruning:
         if path.is_file():
             body = json.loads(path.read_text())
             return Cut(**body["cut"] | {"layers": tuple(body["cut"]["layers"])}), body["trials"]
-        cut, trials = self._measured_cut(dense, ids)
+        chooser = Chooser(self.checkpoint, dense, self.options.search, self.options.seed)
+        cut, trials = chooser.choose(self.cuts, ids, self.progress)
         body = {"cut": asdict(cut), "trials": trials}
         write_atomically(path, json.dumps(body).encode())
         return cut, trials
-
-    def _measured_cut(self, dense: Layers, ids: Ids) -> tuple[Cut, list[Json]]:
-        n_most = self.mapping.hyper.n_layers - min(len(cut.layers) for cut in self.cuts)
-        if len(self.cuts) == 1 and n_most == 0:
-            return self.cuts[0], []
-        probe = Probe.of(self.checkpoint, dense, ids)
-        self.progress.start("choose", n_most + 1)
-        order = removal_order(probe, n_most, self._allows, self.progress.advance)
-        reachable = [cut for cut in self.cuts if n_gone(self.mapping, cut) <= len(order)]
-        if not reachable:
-            raise UnsupportedError(
-                f"llama.cpp's {self.mapping.arch.model_type} graph needs the layers that "
-                f"a ratio of {self.options.ratio:g} would remove; give --layers 0"
-            )
-        cuts = [self._with_layers(cut, probe, order) for cut in reachable]
-        if len(cuts) == 1:
-            return cuts[0], []
-        best, losses = best_cut(cuts, lambda cut: self._trial(probe, dense, cut, ids))
-        rows = [
-            {"kept": _kept(self.mapping, cut), "ratio": ratio_of(self.mapping, cut), "kl": loss}
-            for cut, loss in losses.items()
-        ]
-        return best, rows
-
-    def _with_layers(self, cut: Cut, probe: Probe, order: Sequence[int]) -> Cut:
-        """The cut with the layers that measured least important gone."""
-        removed = tuple(order[: n_gone(self.mapping, cut)])
-        if self.options.search and removed:
-            args = (self.options.search, self.options.seed, self._allows)
-            removed = evolve(probe, removed, *args)
-        every = range(self.mapping.hyper.n_layers)
-        return replace(cut, layers=tuple(i for i in every if i not in removed))
-
-    def _allows(self, removed: Sequence[int]) -> bool:
-        every = range(self.mapping.hyper.n_layers)
-        cut = replace(whole(self.mapping), layers=tuple(i for i in every if i not in removed))
-        return is_allowed(dict(self.checkpoint.config), self.mapping, cut)
-
-    def _trial(self, probe: Probe, dense: Layers, cut: Cut, ids: Ids) -> float:
-        walk = Walk(self.checkpoint, dense, cut, TRIAL)
-        state = walk.start([ids])
-        for _, _, after in walk.run(state):
-            state = after
-        return probe.divergence(state.pruned[0])
 
     def _layers(self, walk: Walk, state: State) -> tuple[list[float], State]:
         """Prune and write every layer that is not written yet."""
@@ -328,7 +290,7 @@ class _Pruning:
         path = self.spool.folder / f"streams-{state.position:04d}.npz"
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
-            np.savez(file, **state.arrays() | {"seconds": np.array(seconds)})  # type: ignore[arg-type]
+            np.savez(file, **state.arrays() | {"seconds": np.array(seconds)})
         partial.replace(path)
         for old in self.spool.folder.glob("streams-*.npz"):
             if old != path:
@@ -344,7 +306,7 @@ class _Pruning:
             ratio=ratio_of(self.mapping, cut),
             n_parameters=n_parameters(self.mapping, cut),
             source_parameters=n_parameters(self.mapping, whole(self.mapping)),
-            kept=_kept(self.mapping, cut),
+            kept=kept(self.mapping, cut),
             removed_layers=[i for i in every if i not in cut.layers],
             metric=self.options.metric,
             kl_mean=max(measured.divergence(final.others[0]), 0.0),
@@ -361,30 +323,6 @@ class _Pruning:
             "name": self.checkpoint.folder.resolve().name,
             "files": source_files(self.checkpoint),
         }
-
-
-def n_gone(mapping: Mapping, cut: Cut) -> int:
-    """Layers that the cut removes."""
-    return mapping.hyper.n_layers - len(cut.layers)
-
-
-def _kept(mapping: Mapping, cut: Cut) -> Json:
-    """What is left, in the words of the config."""
-    extents = sizes(mapping.hyper, cut)
-    kept = {
-        "layers": len(cut.layers),
-        "attention_heads": extents["q"] // extents["head"],
-        "key_value_heads": cut.kv_heads,
-    }
-    if mapping.hyper.n_experts:
-        return kept | {"experts": cut.experts, "expert_neurons": cut.ffe}
-    return kept | {"neurons": cut.ff}
-
-
-def _batches(ids: Ids, mapping: Mapping) -> list[Ids]:
-    """Batches as large as activations allow, enough of them to hold some out."""
-    step = min(batch_chunks(mapping, ids.shape[1]), max(1, len(ids) // HELD_OUT))
-    return [ids[at : at + step] for at in range(0, len(ids), step)]
 
 
 def _require_memory(mapping: Mapping, ids: Ids) -> None:

@@ -87,6 +87,13 @@ class Walk:
             state = State(position + 1, dense, *follow)
             yield index, layer, state
 
+    def finish(self, batches: Sequence[Ids], others: Sequence[Ids] = ()) -> State:
+        """Prune all layers, keeping none; the streams at the end."""
+        state = self.start(batches, others)
+        for _, _, after in self.run(state):
+            state = after
+        return state
+
     def _prune(self, position: int, state: State) -> tuple[Layer, Streams]:
         """The layer at ``position``, and the dense stream in front of the next that stays."""
         index, weights = self.cut.layers[position], self._weights(position)
