@@ -195,6 +195,20 @@ def test_tuning_lowers_the_divergence_of_every_metric(metric: str, tmp_path: Pat
     assert found[0].kl_mean < found[1].kl_mean
 
 
+def test_the_mean_of_removed_neurons_is_what_flap_adds(tmp_path: Path) -> None:
+    """Neurons that are constant lose nothing: the bias gives all of them back."""
+    fields = {"num_hidden_layers": 1, "mlp_bias": True}  # biases alone make the neurons
+    folder = make_checkpoint("llama", tmp_path, width="wide", **fields)
+    weights = tensors(folder)
+    weights["model.layers.0.post_attention_layernorm.weight"].zero_()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint, layers = opened(folder)
+    flap, half = METRICS["flap"], Cut((0,), 4, 256)
+    assert walked(checkpoint, layers, half, Recipe(flap, tunes=False)) > 1e-4
+    shifted = walked(checkpoint, layers, half, Recipe(flap, tunes=False, shifts=True))
+    assert shifted == pytest.approx(0, abs=1e-9)
+
+
 def test_layers_behind_a_removed_one_are_those_of_the_source(tmp_path: Path) -> None:
     source = tiny(tmp_path / "source", "llama", num_hidden_layers=4)
     asked = options(0.2, n_removed=1, tunes=False)
@@ -358,3 +372,9 @@ def test_the_verdict_says_when_quantization_alone_is_better() -> None:
     assert "at equal bytes quantization alone is better (KL 0.2 whole, 0.3 pruned)" in line
     assert "at equal tokens/s pruning is better (KL 0.4 whole, 0.3 pruned)" in line
     assert "bytes quantization alone cannot get there" in verdict([pruned])[0]
+
+
+def test_the_command_offers_every_metric_of_the_table() -> None:
+    from edgekit.cli.prune import METRICS as offered
+
+    assert tuple(METRICS) == offered

@@ -30,11 +30,13 @@ class Row:
     Attributes:
         metric: Key of `METRICS`.
         tunes: With mask tuning.
+        shifts: With FLAP's bias instead.
         shares: ``chosen`` by measured loss, ``layers`` only, or ``widths`` only.
     """
 
     metric: str
     tunes: bool = True
+    shifts: bool = False
     shares: str = "chosen"
 
 
@@ -46,6 +48,7 @@ ROWS: Mapping[str, Row] = {
     "hybrid, Wanda-sp": Row("wanda", tunes=False),
     "hybrid, Wanda-sp, tuned": Row("wanda"),
     "hybrid, FLAP": Row("flap", tunes=False),
+    "hybrid, FLAP with its bias": Row("flap", tunes=False, shifts=True),
     "hybrid, Taylor": Row("taylor", tunes=False),
     "layers only": Row("condition", tunes=False, shares="layers"),
     "layers only, tuned": Row("condition", shares="layers"),
@@ -105,7 +108,7 @@ class Comparison:
         started = time.monotonic()
         metric = METRICS[row.metric]
         seen = self._of_taylor() if metric.needs_effect else []
-        walk = Walk(self.checkpoint, self.dense, cut, Recipe(metric, row.tunes), seen)
+        walk = Walk(self.checkpoint, self.dense, cut, Recipe(metric, row.tunes, row.shifts), seen)
         hidden = walk.finish(batches(self.fit, self.mapping), [self.measured.ids]).others[0]
         return {
             "kept": kept(self.mapping, cut),

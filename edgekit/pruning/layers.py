@@ -8,6 +8,7 @@ pruned model can walk side by side with one layer each in memory.
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from edgekit.arch import Mapping as TensorMapping
 from edgekit.arch.source import widened
 from edgekit.checkpoint import Checkpoint
 from edgekit.float_model import EMBEDDING, HEAD, LinearInputs, build
-from edgekit.pruning.weights import Layer, parameters
+from edgekit.pruning.weights import SHIFT, Layer, parameters
 
 Tensor = Any
 Ids = npt.NDArray[np.int64]
@@ -114,7 +115,7 @@ class Layers:
             if inputs.requires_grad:
                 inputs.retain_grad()
 
-        with _watched(module, flow), LinearInputs(take) if wants else nullcontext():  # noqa: SIM117
+        with _watched(module, flow, layer), LinearInputs(take) if wants else nullcontext():  # noqa: SIM117
             with torch.enable_grad() if grad else torch.no_grad():
                 call = self._calls[tuple(hidden.shape[:2])][index]
                 flow.out = torch.func.functional_call(module, weights, (hidden,), call)
@@ -158,9 +159,15 @@ def _passing_through(layers: list[Any]) -> Any:
 
 
 @contextmanager
-def _watched(module: Any, flow: Flow) -> Any:
+def _watched(module: Any, flow: Flow, layer: Layer) -> Any:
     """Inside, the outputs of attention, feed-forward and router go into ``flow``."""
-    hooks = [_hook(module.self_attn.o_proj, lambda out: _keep(flow, "attention", out))]
+    hooks = []
+    for name, owner in (("attn_output", module.self_attn), ("ffn_down", module.mlp)):
+        shift = layer.get(f"{name}.{SHIFT}")
+        if shift is not None:
+            linear = owner.o_proj if name == "attn_output" else owner.down_proj
+            hooks.append(linear.register_forward_hook(partial(_shifted, shift)))
+    hooks += [_hook(module.self_attn.o_proj, lambda out: _keep(flow, "attention", out))]
     hooks.append(_hook(module.mlp, lambda out: _keep(flow, "feed_forward", out)))
     if hasattr(module.mlp, "experts"):
         hooks.append(_hook(module.mlp.gate, lambda out: _route(flow, out)))
@@ -171,6 +178,10 @@ def _watched(module: Any, flow: Flow) -> Any:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _shifted(shift: Tensor, _module: object, _inputs: object, out: Tensor) -> Tensor:
+    return out + shift
 
 
 def _hook(module: Any, take: Callable[[Any], None]) -> Any:

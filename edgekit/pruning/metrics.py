@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from edgekit.errors import UnknownNameError
 from edgekit.pruning.solve import leverage, select
 
@@ -130,4 +132,4 @@ def get_metric(name: str) -> Metric:
 
 def as_moment(total: Tensor, n: int) -> Tensor:
     """A sum over ``n`` tokens as a mean, float64."""
-    return total.double().div_(max(n, 1))
+    return total.to(torch.float64, copy=True).div_(max(n, 1))

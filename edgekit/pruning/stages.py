@@ -29,7 +29,7 @@ from edgekit.pruning.cut import Cut, roles
 from edgekit.pruning.layers import Flow, Layers
 from edgekit.pruning.metrics import Metric, Site, as_moment, highest
 from edgekit.pruning.solve import checked_refit, refit
-from edgekit.pruning.weights import Layer, attention_kept, cut_layer, neurons_kept
+from edgekit.pruning.weights import SHIFT, Layer, attention_kept, cut_layer, neurons_kept
 
 Tensor = Any
 Batches = Sequence[Tensor]  # hidden states, float32 [B, T, hidden] each
@@ -48,10 +48,13 @@ class Recipe:
     Attributes:
         metric: Chooses what stays.
         tunes: Refit what is left to the dense model's output.
+        shifts: Without tuning, add what the removed features gave on average: FLAP's bias. No file
+            of these architectures holds it without other biases beside it, so it is only measured.
     """
 
     metric: Metric
     tunes: bool = True
+    shifts: bool = False
 
 
 class Moments:
@@ -183,7 +186,8 @@ class _Work:
             site = self._site(weights, OUT, moments)
             groups = self.recipe.metric.kept(site, self.cut.kv_heads, group)
         kept = attention_kept(groups, hyper.sizes["head"], hyper.n_heads, hyper.n_kv_heads)
-        return self._tuned(cut_layer(weights, roles(self.mapping), kept), OUT, moments, kept["q"])
+        pruned = cut_layer(weights, roles(self.mapping), kept)
+        return self._tuned(weights[OUT], pruned, OUT, moments, kept["q"])
 
     def feed_forward(self, weights: Layer) -> Layer:
         """Cut neurons of a dense block and refit the down projection."""
@@ -197,7 +201,7 @@ class _Work:
         if self.cut.ff != width:
             neurons = self.recipe.metric.kept(self._site(weights, DOWN, moments), self.cut.ff)
         pruned = cut_layer(weights, roles(self.mapping), neurons_kept(neurons, width))
-        return self._tuned(pruned, DOWN, moments, neurons)
+        return self._tuned(weights[DOWN], pruned, DOWN, moments, neurons)
 
     def experts(self, weights: Layer) -> Layer:
         """Cut experts and neurons inside them and refit the experts that stay."""
@@ -253,10 +257,15 @@ class _Work:
         """The residual stream in front of the feed-forward block, where it counts."""
         return (_flat(hidden) + flow.attention) * self.goal.is_residual
 
-    def _tuned(self, pruned: Layer, suffix: str, moments: Moments, kept: Tensor) -> Layer:
-        if not self.recipe.tunes:
-            return pruned
-        return pruned | {suffix: moments.refit(pruned[suffix], kept)}
+    def _tuned(
+        self, before: Tensor, pruned: Layer, suffix: str, moments: Moments, kept: Tensor
+    ) -> Layer:
+        if self.recipe.tunes:
+            return pruned | {suffix: moments.refit(pruned[suffix], kept)}
+        if self.recipe.shifts:
+            mean = as_moment(moments.total, sum(moments.n)).index_fill(0, kept, 0)
+            return pruned | {suffix.replace("weight", SHIFT): before @ mean.float()}
+        return pruned
 
     def _site(self, weights: Layer, suffix: str, moments: Moments) -> Site:
         return Site(

@@ -16,6 +16,7 @@ from edgekit.checkpoint import Checkpoint
 Tensor = Any
 Layer = dict[str, Tensor]  # GGUF suffix (`ffn_down.weight`) -> float32, experts stacked first
 Kept = Mapping[str, Tensor]  # word of an extent -> indices that stay
+SHIFT = "shift"  # `ffn_down.shift`: added to that map's output, while measuring only
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 ROUND, HALF_ULP = np.uint32(0x7FFF), np.uint32(16)
@@ -41,6 +42,8 @@ def parameters(layer: Layer, mapping: TensorMapping, index: int = 0) -> dict[str
     """The same weights under the names of transformers' modules inside a layer."""
     found: dict[str, Tensor] = {}
     for suffix, value in layer.items():
+        if suffix.endswith(SHIFT):
+            continue
         if len(value.shape) == 3 and "down" in suffix:
             found["mlp.experts.down_proj"] = value
         elif len(value.shape) != 3:
@@ -63,7 +66,7 @@ def cut_layer(layer: Layer, words: Mapping[str, tuple[str, ...]], kept: Kept) ->
     """``layer`` with only the ``kept`` indices along every axis that has a word in it."""
     result = {}
     for suffix, value in layer.items():
-        axes = words[suffix][-value.ndim :]
+        axes = words.get(suffix, ())[-value.ndim :]
         for axis, word in enumerate(axes):
             if word in kept:
                 value = _take(value, axis, kept[word])
