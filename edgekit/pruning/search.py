@@ -25,7 +25,7 @@ Tensor = Any
 
 SHORTLIST = 6  # layers measured per removal, of those closest in angle
 OFFSPRING = 4  # of each generation of the search
-MAX_TRIALS = 12  # combinations of layers, groups, neurons and experts that are tried
+MAX_TRIALS = 8  # combinations of layers, groups, neurons and experts that are tried
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +163,7 @@ def best_cut(cuts: Sequence[Cut], loss: Callable[[Cut], float]) -> tuple[Cut, di
         for cut in fresh[: min(2, MAX_TRIALS - len(losses))]:
             losses[cut] = loss(cut)
         best = min(losses, key=losses.__getitem__)
-        if best == here and len(losses) > 4:
+        if best == here:
             break
         here = best
     return min(losses, key=losses.__getitem__), losses
