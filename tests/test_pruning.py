@@ -19,7 +19,7 @@ from edgekit.checkpoint import Checkpoint
 from edgekit.cli import main
 from edgekit.errors import UnsupportedError
 from edgekit.prune_report import verdict
-from edgekit.pruning.cut import Cut, candidates, n_parameters, ratio_of, whole
+from edgekit.pruning.cut import Cut, candidates, cut_config, n_parameters, ratio_of, whole
 from edgekit.pruning.layers import Layers
 from edgekit.pruning.metrics import METRICS
 from edgekit.pruning.prune import Options, Report, prune
@@ -277,6 +277,21 @@ def test_widths_are_multiples_and_a_model_without_one_is_refused(tmp_path: Path)
     narrow = map_checkpoint(Checkpoint.open(make_checkpoint("llama", tmp_path / "n")))
     with pytest.raises(UnsupportedError, match="multiples of 256: the feed-forward width is 176"):
         candidates(narrow, 0.2)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3", "gemma3_text", "mixtral"])
+def test_transformers_accepts_every_combination(model_type: str, tmp_path: Path) -> None:
+    """Llama's configuration refuses 28 heads of 64 at a hidden size of 2048."""
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 24}
+    folder = make_checkpoint(model_type, tmp_path, width="wide", **heads)
+    checkpoint = Checkpoint.open(folder)
+    mapping = map_checkpoint(checkpoint)
+    cuts = {
+        cut.kv_heads: cut for ratio in (0.1, 0.2, 0.3) for cut in candidates(mapping, ratio, 32)
+    }
+    assert len(cuts) > 1
+    for cut in cuts.values():
+        Layers(mapping, cut_config(dict(checkpoint.config), mapping, cut))
 
 
 def test_a_pattern_of_layers_that_the_graph_fixes_is_kept(tmp_path: Path) -> None:

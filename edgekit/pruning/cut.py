@@ -185,9 +185,14 @@ def _group_counts(mapping: Mapping, multiple: int) -> list[int]:
     words = {word for extents in roles(mapping).values() if len(extents) == 1 for word in extents}
     if mapping.arch.is_head_derived or "q" in words:  # a norm over all heads would change
         return [hyper.n_kv_heads]
-    group = hyper.sizes["q"] // hyper.n_kv_heads
-    counts = range(1, hyper.n_kv_heads)
-    return [*(n for n in counts if n * group % multiple == 0), hyper.n_kv_heads]
+    group, repeat = hyper.sizes["q"] // hyper.n_kv_heads, hyper.n_heads // hyper.n_kv_heads
+    return [
+        n
+        for n in range(1, hyper.n_kv_heads + 1)
+        if n == hyper.n_kv_heads
+        # transformers' LlamaConfig wants whole shares of the hidden size, though heads have a width
+        or (n * group % multiple == 0 and hyper.sizes["embd"] % (n * repeat) == 0)
+    ]
 
 
 def _unreachable(mapping: Mapping, ratio: float, multiple: int, off: dict[Cut, float]) -> str:
