@@ -410,3 +410,18 @@ def test_the_command_offers_every_metric_of_the_table() -> None:
     from edgekit.cli.prune import METRICS as offered
 
     assert tuple(METRICS) == offered
+
+
+def test_templates_go_along_and_links_out_of_the_checkpoint_do_not(tmp_path: Path) -> None:
+    source = tiny(tmp_path / "source", "llama")
+    templates = source / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool.jinja").write_text("{{ messages }}")
+    (tmp_path / "secret.bin").write_text("secret")
+    (templates / "other.bin").symlink_to(tmp_path / "secret.bin")
+    prune(source, tmp_path / "out", options(0.0))
+    copied = list((tmp_path / "out" / "additional_chat_templates").iterdir())
+    assert [path.name for path in copied] == ["tool.jinja"]
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        source / "tokenizer.json"
+    ).read_bytes()

@@ -6,7 +6,7 @@ Each layer that stays is a shard of its own, so a layer is done exactly when its
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,9 @@ def write_rest(
     folder: Path, checkpoint: Checkpoint, config: Json, provenance: Json, shards: list[str]
 ) -> None:
     """Write index, config, tokenizer, provenance and model card beside the shards."""
-    for path in _files_to_copy(checkpoint):
-        shutil.copyfile(contained(path.parent, path.name) or path, folder / path.name)
-    templates = checkpoint.folder / TEMPLATE_FOLDER
-    if templates.is_dir():
-        shutil.copytree(templates, folder / TEMPLATE_FOLDER, dirs_exist_ok=True)
+    _copy_files(checkpoint.folder, folder)
+    if (checkpoint.folder / TEMPLATE_FOLDER).is_dir():
+        _copy_files(checkpoint.folder / TEMPLATE_FOLDER, folder / TEMPLATE_FOLDER)
     where = {name: s for s in shards for name in read_header(folder / s)}
     size = sum(r.stop - r.start for s in shards for r in read_header(folder / s).values())
     index = {"metadata": {"total_size": size}, "weight_map": where}
@@ -107,10 +105,14 @@ def write_rest(
     write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())
 
 
-def _files_to_copy(checkpoint: Checkpoint) -> Iterator[Path]:
-    for path in sorted(checkpoint.folder.iterdir()):
-        if path.suffix in COPIED and path.name not in REPLACED and path.is_file():
-            yield path
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy what goes along, links followed only inside the checkpoint."""
+    target.mkdir(exist_ok=True)
+    for entry in sorted(source.iterdir()):
+        if entry.suffix in COPIED and entry.name not in REPLACED:
+            path = contained(source, entry.name)
+            if path is not None:
+                shutil.copyfile(path, target / entry.name)
 
 
 def _model_card(checkpoint: Checkpoint, provenance: Json) -> str:
