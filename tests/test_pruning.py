@@ -19,6 +19,7 @@ from edgekit.checkpoint import Checkpoint
 from edgekit.cli import main
 from edgekit.errors import UnsupportedError
 from edgekit.prune_report import verdict
+from edgekit.pruning.compare import ROWS
 from edgekit.pruning.cut import Cut, candidates, cut_config, n_parameters, ratio_of, whole
 from edgekit.pruning.layers import Layers
 from edgekit.pruning.metrics import METRICS
@@ -425,3 +426,22 @@ def test_templates_go_along_and_links_out_of_the_checkpoint_do_not(tmp_path: Pat
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
         source / "tokenizer.json"
     ).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_report_measures_every_way_and_quantization_alone(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    command = ["prune", str(checkpoint), "-o", str(tmp_path / "out"), "--ratio", "0.2", "--json"]
+    more = ["--report", "--multiple", "32", "--tokens", "1024", "--calibration", str(text)]
+    result = CliRunner().invoke(main, [*command, *more], catch_exceptions=False)
+    body = json.loads(result.stdout)
+    assert {row["name"] for row in body["ways"]} == set(ROWS)
+    assert {row["ratio_asked"] for row in body["ways"]} == {0.1, 0.2, 0.3}
+    pruned = [row for row in body["against_quantization"] if row["model"] == "pruned"]
+    assert len(pruned) == len(body["verdict"]) == 6
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert all(line in page for line in body["verdict"])
+    assert body["peak_rss_bytes"] > 0

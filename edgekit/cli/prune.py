@@ -93,7 +93,7 @@ def prune(
 
     \b
         edgekit prune ./Llama-3.2-1B -o llama-small --ratio 0.2
-        edgekit prune ./Llama-3.2-1B -o llama-small --ratio 0.2 --report --repair-rank 16
+        edgekit prune ./Llama-3.2-1B -o llama-small --ratio 0.2 --metric flap --no-tuning
     """
     try:
         from edgekit.pruning.prune import Options, preview, prune_and_repair
