@@ -37,7 +37,7 @@ METRICS = ("condition", "leverage", "magnitude", "wanda", "flap", "taylor")
     help="Text to calibrate on; default: a text that ships with edgekit.",
 )
 @click.option(
-    "--tokens", type=click.IntRange(min=256), default=16384, show_default=True, help="Of the text."
+    "--tokens", type=click.IntRange(min=256), default=8192, show_default=True, help="Of the text."
 )
 @click.option("--no-tuning", is_flag=True, help="Cut only; do not refit what is left.")
 @click.option(

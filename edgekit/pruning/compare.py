@@ -66,7 +66,7 @@ class Comparison:
         folder: Path,
         *,
         text: Path | None = None,
-        n_tokens: int = 1 << 14,
+        n_tokens: int = 1 << 13,
         multiple: int = 256,
         progress: Progress | None = None,
     ) -> None:

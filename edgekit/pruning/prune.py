@@ -76,7 +76,7 @@ class Options:
     ratio: float
     metric: str = "condition"
     calibration: Path | None = None
-    tokens: int = 1 << 14
+    tokens: int = 1 << 13
     tunes: bool = True
     multiple: int = MULTIPLE
     n_removed: int | None = None
