@@ -65,6 +65,8 @@ def convert(
     """
     started = time.monotonic()
     check_options(options)
+    if options.prune:
+        return _convert_pruned(folder, output, options, progress, command)
     checkpoint = Checkpoint.open(folder)
     spool = Spool(output.with_name(f".{output.name}.partial"))
     if options.resume and output.exists() and spool.is_published(output.name):
@@ -76,6 +78,26 @@ def convert(
     with disk_full_reported(f"converting to {output}", "make room and repeat with --resume"):
         conversion.run(command)
     return report_of(output, started)
+
+
+def _convert_pruned(
+    folder: Path, output: Path, options: Options, progress: Progress, command: Sequence[str]
+) -> Report:
+    """Prune into a hidden folder beside ``output``, convert that, and remove it."""
+    from edgekit.pruning.prune import Options as Pruning
+    from edgekit.pruning.prune import prune
+
+    place = output.with_name(f".{output.name}.pruned")
+    pruned = place / f"{artifact_name(folder)}-pruned"
+    done = options.resume and output.exists() and not place.exists()
+    if not done:
+        _require_free_name(output, options)
+        asked = Pruning(options.prune, calibration=options.calibration, resume=options.resume)
+        prune(folder, pruned, replace(asked, force=not options.resume), progress, command)
+    source = folder if done else pruned
+    report = convert(source, output, replace(options, prune=0.0), progress, command)
+    shutil.rmtree(place, ignore_errors=True)
+    return report
 
 
 def _require_free_name(output: Path, options: Options) -> None:
@@ -299,8 +321,17 @@ def _plain(value: object) -> object:
 
 
 def preview(folder: Path, output: Path, options: Options) -> Report:
-    """What `convert` would make: memory to the byte, the artifact's size estimated."""
+    """What `convert` would make: memory to the byte, the artifact's size estimated.
+
+    Raises:
+        UsageError: Besides what `convert` raises: it is to prune first.
+    """
     check_options(options)
+    if options.prune:
+        raise UsageError(
+            "what --prune leaves is measured, not foreseen; see edgekit prune --dry-run, or leave "
+            "one of --prune and --dry-run out"
+        )
     checkpoint = Checkpoint.open(folder)
     _require_free_name(output, options)
     mapping = map_checkpoint(checkpoint)

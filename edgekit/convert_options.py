@@ -20,6 +20,7 @@ class Options:
     Attributes:
         tiers: Lowest first; ``source`` last when the original values are kept.
         codec: Key of `CODECS`.
+        prune: Share of all parameters to remove first; 0 converts the checkpoint as it is.
         calibration: Text to calibrate on; ``None`` takes the text that edgekit ships.
         imatrix: A statistics file of llama-imatrix or edgekit to use instead of calibrating.
         statistics: False converts without any statistics.
@@ -32,6 +33,7 @@ class Options:
 
     tiers: tuple[str, ...] = DEFAULT_TIERS
     codec: str = "nested"
+    prune: float = 0.0
     calibration: Path | None = None
     imatrix: Path | None = None
     statistics: bool = True

@@ -75,7 +75,7 @@ class FloatModel:
         self._sources = {tensor.name: tensor for tensor in mapping.tensors}
         self.on_load: OnLoad = lambda name, parameter: None
         self.on_drop: Callable[[], None] = lambda: None
-        self.model = _build(mapping.arch.class_name, checkpoint.config)
+        self.model = build(mapping.arch.class_name, checkpoint.config)
         for index, layer in enumerate(self.model.model.layers):
             self._stream(layer, f"model.layers.{index}")
         self._stream(self.model.model.norm, "model.norm")
@@ -209,7 +209,12 @@ def _check_version() -> None:
         )
 
 
-def _build(class_name: str, config: Mapping[str, Any]) -> Any:
+def build(class_name: str, config: Mapping[str, Any]) -> Any:
+    """transformers' model of that class without weights: every parameter is on the meta device.
+
+    Raises:
+        EdgekitError: transformers is too old.
+    """
     _check_version()
     model_class = getattr(transformers, class_name)
     kept = {k: v for k, v in config.items() if k not in _CODE and not k.startswith("_")}

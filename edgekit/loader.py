@@ -1,11 +1,8 @@
 """``edgekit.load``: an artifact, opened and loaded at the depth that a budget buys."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import psutil
 
 from edgekit.artifact import open_artifact
 from edgekit.devices.memory import held_bytes
@@ -61,13 +58,3 @@ def load(
             yield session
         finally:
             session.close()
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process has held resident; bytes."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

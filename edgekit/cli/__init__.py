@@ -15,6 +15,7 @@ from edgekit.cli.evaluate import evaluate
 from edgekit.cli.inspect import inspect, verify
 from edgekit.cli.materialize import materialize
 from edgekit.cli.plan import plan
+from edgekit.cli.prune import prune
 from edgekit.cli.run import run
 from edgekit.errors import EdgekitError
 
@@ -101,5 +102,5 @@ def main() -> None:
     """
 
 
-for command in (convert, plan, run, materialize, evaluate, inspect, verify):
+for command in (convert, plan, run, materialize, evaluate, prune, inspect, verify):
     main.add_command(command)

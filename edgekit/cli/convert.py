@@ -26,6 +26,12 @@ from edgekit.sizes import format_size
 )
 @click.option("--codec", type=click.Choice(["nested"]), default="nested", show_default=True)
 @click.option(
+    "--prune",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    help="Prune first, by this share of all parameters (edgekit prune).",
+)
+@click.option(
     "--calibration",
     type=options.FILE,
     help="Text to calibrate on; default: a text that ships with edgekit.",
@@ -55,6 +61,7 @@ def convert(
     output: Path,
     tiers: str,
     codec: str,
+    prune: float,
     calibration: Path | None,
     imatrix: Path | None,
     no_calibration: bool,
@@ -83,6 +90,7 @@ def convert(
     chosen = Options(
         tiers=tuple(tiers.replace(" ", "").split(",")),
         codec=codec,
+        prune=prune,
         calibration=calibration,
         imatrix=imatrix,
         statistics=not no_calibration,

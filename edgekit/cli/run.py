@@ -161,7 +161,7 @@ def _tell_times(generation: "Generation") -> None:
 
 
 def _report(session: "Session", generation: "Generation", text: str) -> dict[str, Any]:
-    from edgekit.loader import peak_rss_bytes
+    from edgekit.devices.memory import peak_rss_bytes
     from edgekit.plan import plan_json
 
     times = generation.timings
