@@ -88,10 +88,13 @@ def against_quantization(
 def _rows(whole: Artifact, small: Artifact, progress: Progress) -> list[Json]:
     rows: list[Json] = []
     order = whole.order(whole.manifest.resident_order)
-    source = Assembly(whole, uniform(whole.stacks, lambda stack: stack.tiers[-1]))
+    highest = uniform(whole.stacks, lambda stack: stack.tiers[-1])
     least = uniform(whole.stacks, lambda stack: stack.tiers[0]).weights_bytes
     progress.start("compare", 2 * len(TIERS))
-    with Reference.open(source, heldout_text(), n_tokens=N_TOKENS) as reference:
+    with (
+        Assembly(whole, highest) as source,
+        Reference.open(source, heldout_text(), n_tokens=N_TOKENS) as reference,
+    ):
         for tier in TIERS:
             depths = uniform(small.stacks, partial(tier_at, tier=tier))
             rows.append({"model": "pruned", "at": tier, **_measured(small, depths, reference)})
@@ -108,7 +111,8 @@ def _rows(whole: Artifact, small: Artifact, progress: Progress) -> list[Json]:
 
 
 def _measured(artifact: Artifact, depths: Depths, reference: Reference) -> Json:
-    found = evaluate(Assembly(artifact, depths), reference)
+    with Assembly(artifact, depths) as source:
+        found = evaluate(source, reference)
     return {
         "weights_bytes": depths.weights_bytes,
         "kl_mean": found.kl_mean,
@@ -119,7 +123,11 @@ def _measured(artifact: Artifact, depths: Depths, reference: Reference) -> Json:
 
 def _speed(artifact: Artifact, depths: Depths) -> float:
     """Tokens decoded per second, one at a time, the median of a few runs."""
-    with open_model(Assembly(artifact, depths)) as model, Context(model, 2 * N_TIMED) as context:
+    with (
+        Assembly(artifact, depths) as source,
+        open_model(source) as model,
+        Context(model, 2 * N_TIMED) as context,
+    ):
         seconds = []
         for _ in range(N_RUNS):
             context.clear()

@@ -57,12 +57,14 @@ class Comparison:
         self.artifact, self.folder, self.threads = artifact, folder, threads
         self.source = folder / "source.gguf"
         with self.source.open("wb") as file:
-            file.writelines(Assembly(artifact, highest_depths(artifact)).stream())
+            with Assembly(artifact, highest_depths(artifact)) as source:
+                file.writelines(source.stream())
         self.reference = Reference.open(self.source, text, n_threads=threads)
 
     def ours(self, depths: Depths) -> Quality:
         """Quality of a plan."""
-        return evaluate(Assembly(self.artifact, depths), self.reference, n_threads=self.threads)
+        with Assembly(self.artifact, depths) as source:
+            return evaluate(source, self.reference, n_threads=self.threads)
 
     def mix(self, name: str, weights: dict[str, Any] | None) -> Quality:
         """Quality of llama.cpp's mix ``name``, quantized with ``weights`` of the columns."""
