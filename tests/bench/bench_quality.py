@@ -56,9 +56,9 @@ class Comparison:
         """Write the source tier into ``folder`` and run it."""
         self.artifact, self.folder, self.threads = artifact, folder, threads
         self.source = folder / "source.gguf"
-        with self.source.open("wb") as file:
-            with Assembly(artifact, highest_depths(artifact)) as source:
-                file.writelines(source.stream())
+        highest = highest_depths(artifact)
+        with self.source.open("wb") as file, Assembly(artifact, highest) as source:
+            file.writelines(source.stream())
         self.reference = Reference.open(self.source, text, n_threads=threads)
 
     def ours(self, depths: Depths) -> Quality:
