@@ -53,6 +53,7 @@ class Shape:
         kv_elements: Elements of keys and of values per token and layer, ``[layers][2]``.
         head_sizes: Of keys and of values.
         width: Floats per token of the widest activations together.
+        longest_row: Weights of the longest row that a batch is multiplied with.
         vocab: Rows of the output head.
         window: Tokens that windowed layers attend to; 0 where the model has none.
         windowed: Whether each layer attends in a window, ``[layers]``.
@@ -65,6 +66,7 @@ class Shape:
     kv_elements: tuple[tuple[int, int], ...]
     head_sizes: tuple[int, int]
     width: int
+    longest_row: int
     vocab: int
     window: int
     windowed: tuple[bool, ...]
@@ -104,6 +106,7 @@ def shape_of(
         kv_elements=tuple((n * head_k, n * head_v) for n in kv_heads),
         head_sizes=(head_k, head_v),
         width=4 * width + 2 * heads * (head_k + head_v) + 3 * max(feed_forward) + experts,
+        longest_row=max(width, *feed_forward, expert_width),
         vocab=_count("vocab_size", model.get("vocab_size"), MAX_COUNT),
         window=count("attention.sliding_window") if any(windowed) else 0,
         windowed=windowed,
@@ -198,12 +201,16 @@ def kv_choices(shape: Shape) -> tuple[str, ...]:
 
 
 def compute_bytes(shape: Shape, context: int, kv_type: str, batch: int) -> int:
-    """Bytes of llama.cpp's compute buffers, one position's logits included."""
+    """Bytes of llama.cpp's compute buffers, one position's logits included.
+
+    The log does not tell of the rows of a batch that are quantized for a product, in eight bits.
+    """
+    tokens = min(batch, context)
+    rows = tokens * row_bytes("Q8_0", -(-shape.longest_row // 32) * 32)
     for row in shape.measured.get("compute", ()):
         if (row["kv_type"], row["batch"]) == (kv_type, batch):
-            return _interpolated(row["contexts"], row["bytes"], _cells(context))
-    tokens = min(batch, context)
-    return 4 * (shape.vocab + tokens * shape.width) + 8 * _cells(context) * tokens
+            return rows + _interpolated(row["contexts"], row["bytes"], _cells(context))
+    return rows + 4 * (shape.vocab + tokens * shape.width) + 8 * _cells(context) * tokens
 
 
 def _interpolated(xs: Sequence[int], ys: Sequence[int], x: int) -> int:

@@ -94,7 +94,7 @@ def test_memory_is_what_llama_cpp_allocates(
     (kv, compute), memory = told_and_planned(artifacts[name], context, kv_type, batch)
     assert abs(memory.kv_bytes - kv) <= 2 * ROUNDING  # two caches where layers have windows
     least = compute - 2 * ROUNDING  # of buffers for computing and for logits
-    most = 1.1 * compute + 0.3 * MIB if context >= batch else math.inf  # a batch is never whole
+    most = 1.1 * compute + 0.6 * MIB if context >= batch else math.inf  # a batch is never whole
     assert least <= memory.compute_bytes <= most
     _, bound = told_and_planned(artifacts[name], context, kv_type, batch, is_measured=False)
     assert compute - 2 * ROUNDING <= bound.compute_bytes
@@ -144,8 +144,8 @@ def test_a_tier_of_the_whole_model_is_planned_tensor_by_tensor(moe_artifact: Pat
         assert plan.depths.tier("blk.0.ffn_down_exps.weight") == "F16"  # 80 columns
         assert plan.depths.tier("blk.0.ffn_gate_inp.weight") == "source"
         assert plan.budget_bytes is None
-        with pytest.raises(UsageError, match=r"has no tier Q5_K; it has Q2_K, Q3_K"):
-            plan_tier(opened, "Q5_K")
+        with pytest.raises(UsageError, match=r"has no tier Q5_0; it has Q2_K, Q3_K"):
+            plan_tier(opened, "Q5_0")
 
 
 def least_bytes(artifact: Artifact) -> int:
