@@ -18,6 +18,7 @@ from edgekit.devices.memory import auto_margin
 from edgekit.devices.pressure import Reading
 
 LEAST_GAIN = 0.05  # of the present total; growing by less is not worth loading again
+LEAST_RESERVE = 200  # of what is available, one part of so many is defended at least
 STALLED = 0.1  # share of time; beyond, memory is short whatever is called free
 STALL_CUT = 0.1  # of the total, given up when stalled
 STALL_SECONDS = 10.0  # the window of that share: until it is over, old stalls show
@@ -45,7 +46,12 @@ class Governor:
     """Decides on budgets, one reading after another."""
 
     def __init__(self, home: Home, reading: Reading) -> None:
-        """Start after the model is loaded: half of what is free then is defended, at most."""
+        """Start after the model is loaded: half of what is free then is defended, at most.
+
+        Args:
+            home: Where it began.
+            reading: Of memory, less what the model will take but has not touched yet.
+        """
         self.home = home
         margin = auto_margin(reading.free_bytes + home.total)
         self._reserve = min(margin, reading.free_bytes) // 2
@@ -57,7 +63,7 @@ class Governor:
 
     def reserve(self, available: int) -> int:
         """Bytes that should stay free of ``available``, what the model takes included."""
-        return min(self._reserve, available // 8)
+        return min(max(self._reserve, available // LEAST_RESERVE), available // 8)
 
     def last_resort(self, reading: Reading, total: int) -> int:
         """The budget below which the model is unloaded: only a quarter of the reserve stays free.

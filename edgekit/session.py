@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from edgekit.artifact import Artifact
-from edgekit.devices.memory import auto_budget
+from edgekit.devices.memory import auto_budget, held_bytes
 from edgekit.devices.pressure import Reading, read_pressure
 from edgekit.engine import Engine, Settings, Watch
 from edgekit.errors import DoesNotFitError, EdgekitError, MemoryShortError, UsageError
@@ -214,7 +214,10 @@ class Session:
     def _governed(self, budget: int, is_cap: bool) -> Governor | None:
         if not self._wish.follow:
             return None
-        return Governor(Home(budget, self._home_plan.total_bytes, is_cap), read_pressure())
+        total, reading = self._home_plan.total_bytes, read_pressure()
+        to_come = max(0, total - held_bytes())  # buffers that no token has touched yet
+        free = max(0, reading.free_bytes - to_come)
+        return Governor(Home(budget, total, is_cap), replace(reading, free_bytes=free))
 
     def _between(self, need: int) -> Context:
         self.adapt(need)
