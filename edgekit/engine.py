@@ -9,6 +9,7 @@ the new one and reads the conversation back: never are two depths in memory, and
 not copied in memory either.
 """
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -250,12 +251,21 @@ class _Saved:
             self._state = context.save()
 
     def restore(self, context: Context, kv_type: str) -> None:
-        """Fill a context; one with another type of cache computes the conversation anew."""
+        """Fill a context.
+
+        One with another type of cache computes the conversation anew, and so does one that cannot
+        read it back.
+        """
         if not self.tokens:
             return
-        if kv_type != self._kv_type:
-            context.decode(self.tokens, "none")
-        elif self._state is not None:
+        if kv_type == self._kv_type:
+            with contextlib.suppress(EdgekitError):  # the context is empty then
+                self._read_back(context)
+                return
+        context.decode(self.tokens, "none")
+
+    def _read_back(self, context: Context) -> None:
+        if self._state is not None:
             context.restore(self._state)
         else:
             assert self._file is not None

@@ -19,7 +19,7 @@ from edgekit.devices.pressure import Reading
 
 LEAST_GAIN = 0.05  # of the present total; growing by less is not worth loading again
 LEAST_RESERVE = 200  # of what is available, one part of so many is defended at least
-STALLED = 0.1  # share of time; beyond, memory is short whatever is called free
+STALLED = 0.1  # share of time in which no task got on; beyond, there is no calm
 STALL_CUT = 0.1  # of the total, given up when stalled
 STALL_SECONDS = 10.0  # the window of that share: until it is over, old stalls show
 CALM_SECONDS = 0.5  # at least; a change that takes longer needs proportionally more

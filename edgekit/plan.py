@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from edgekit.catalog import Catalog
 from edgekit.errors import DoesNotFitError, UsageError
@@ -15,7 +16,7 @@ EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"  # GGUF names
 LEAST_KL = 1e-9  # where a measured KL is 0, so that its logarithm is a number
 DEFAULT_CONTEXT = 4096  # tokens, or the model's own context when that is shorter
 # Of a budget, for compute buffers: a larger batch reads prompts faster, but takes from the weights
-COMPUTE_SHARE = 1 / 16
+COMPUTE_SHARE = 1 / 32
 LEAST_CONTEXT = 256  # that a message proposes: one step of llama.cpp's cache
 
 
@@ -202,9 +203,13 @@ def _mib_up(n_bytes: int) -> int:
 def expected_kl(quality: Sequence[Json], weights_bytes: int) -> float | None:
     """Interpolate the measured KL at ``weights_bytes``: log KL is close to linear in bytes.
 
+    A size that measured worse than a smaller one, as by one token that took another expert, counts
+    as good as that: its plan holds all that the smaller one does.
     Below the first and above the last measured size the nearest value is given.
     """
-    points = sorted((row["weights_bytes"], row["kl_mean"]) for row in quality)
+    rows = sorted((row["weights_bytes"], row["kl_mean"]) for row in quality)
+    least = accumulate((kl for _, kl in rows), min)
+    points = [(n_bytes, kl) for (n_bytes, _), kl in zip(rows, least, strict=True)]
     if not points:
         return None
     before = [p for p in points if p[0] <= weights_bytes] or points[:1]

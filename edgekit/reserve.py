@@ -72,9 +72,11 @@ def measure_memory(folder: Path, progress: Progress) -> Json:
     """
     command = [sys.executable, "-m", "edgekit.reserve", str(folder)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        done = subprocess.run(
+            command, capture_output=True, check=True, text=True, timeout=TIMEOUT_SECONDS
+        )
         told: Json = json.loads(done.stdout)
-    except (OSError, subprocess.TimeoutExpired, ValueError) as error:
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
         progress.note(f"llama.cpp's buffers were not measured ({error}); plans take upper bounds")
         return {}
     for note in told.pop("notes"):

@@ -51,7 +51,7 @@ class Change:
     """A change of depth that was made.
 
     Attributes:
-        reason: ``asked`` or ``pressure``.
+        reason: ``asked``, ``pressure``, or ``context``: a prompt needed what was given up.
         before_bytes: The plan before, all parts; 0 where nothing was loaded.
         after_bytes: The plan after; 0 where memory pressure left nothing.
         bytes_read: Of weights that were loaded; 0 where only the context changed.
@@ -89,7 +89,8 @@ class Session:
         self._held = held if held > LARGE_HOST * PROCESS_BYTES else PROCESS_BYTES
         self._polled = 0.0
         self._pending: int | None = None
-        self._engine = Engine(artifact, settings or Settings())
+        self._settings = settings or Settings()
+        self._engine = Engine(artifact, self._settings)
         budget = auto_budget().n_bytes if wish.budget is None else wish.budget
         self._home_plan = self._planned(budget)
         started = time.monotonic()
@@ -144,12 +145,17 @@ class Session:
             UsageError: The prompt is empty or longer than the context, or there are messages and
                 no chat template.
         """
-        self.adapt()
-        rest = self._rewind(self._ids(prompt, chat))
+        self.adapt(n)
+        ids = self._ids(prompt, chat)
+        self._make_room(len(ids) + n)
+        rest = self._rewind(ids)
         return generate(self.context, rest, n, sampling, stop=stop, between=self._between)
 
     def request(self, budget: int) -> None:
-        """Resize before the next token; may be called in a signal handler."""
+        """Resize before the next token; may be called in a signal handler.
+
+        Where nothing fits, the old depth stays and the progress listener is told.
+        """
         self._pending = budget
 
     def resize(self, budget: int) -> Plan:
@@ -185,7 +191,10 @@ class Session:
         """
         if self._pending is not None:
             budget, self._pending = self._pending, None
-            self.resize(budget)
+            try:
+                self.resize(budget)
+            except DoesNotFitError as error:
+                self._settings.progress.note(f"the old depth stays: {error}")
         if self._governor is None:
             return
         now = time.monotonic()
@@ -219,6 +228,12 @@ class Session:
         free = max(0, reading.free_bytes - to_come)
         return Governor(Home(budget, total, is_cap), replace(reading, free_bytes=free))
 
+    def _make_room(self, n_tokens: int) -> None:
+        """Take back context that was given up when it is needed, for depth if need be."""
+        wanted, budget = min(n_tokens, self._home_plan.context), self.plan.budget_bytes
+        if self.context.n_ctx < wanted and budget is not None:
+            self._switch(self._kept(budget, wanted), "context")
+
     def _between(self, need: int) -> Context:
         self.adapt(need)
         return self.context
@@ -233,7 +248,7 @@ class Session:
         used = self._engine.n_tokens + need
         last_resort = governor.last_resort(reading, total)
         try:
-            plan = self._plan_within((budget, last_resort), governor.home, used)
+            plan = self._plan_within((budget, last_resort), used)
         except DoesNotFitError:
             if is_loaded:
                 self._engine.park()
@@ -267,7 +282,7 @@ class Session:
 
         return watch
 
-    def _plan_within(self, budgets: Sequence[int], home: Home, used: int) -> Plan:
+    def _plan_within(self, budgets: Sequence[int], used: int) -> Plan:
         """What to load: within the first of ``budgets`` that anything fits.
 
         More than home where memory allows, else what is left of it.
@@ -275,11 +290,12 @@ class Session:
         *larger, last = budgets
         for budget in larger:
             with contextlib.suppress(DoesNotFitError):
-                return self._kept(budget, home, used)
-        return self._kept(last, home, used)
+                return self._kept(budget, used)
+        return self._kept(last, used)
 
-    def _kept(self, budget: int, home: Home, used: int) -> Plan:
-        wished = self._planned(budget) if budget > home.budget else self._home_plan
+    def _kept(self, budget: int, used: int) -> Plan:
+        home = self._home_plan
+        wished = self._planned(budget) if budget > (home.budget_bytes or budget) else home
         plan = surrender(self.artifact, wished, self.plan, budget, used)
         return with_repacking(self.artifact, plan) if self._wish.repack else plan
 

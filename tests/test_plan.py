@@ -231,6 +231,11 @@ def test_kl_is_interpolated_in_its_logarithm(weights_bytes: int, kl: float) -> N
     assert expected_kl(ROWS[::-1], weights_bytes) == pytest.approx(kl)
 
 
+def test_a_size_that_measured_worse_counts_as_the_smaller_one() -> None:
+    rows = ({"weights_bytes": n, "kl_mean": kl} for n, kl in ((1, 0.1), (2, 0.01), (3, 0.02)))
+    assert expected_kl(tuple(rows), 3) == pytest.approx(0.01)
+
+
 def test_what_was_not_measured_has_no_expected_kl() -> None:
     assert expected_kl((), 100) is None
     assert expected_kl(ROWS[:1], 7) == pytest.approx(0.1)

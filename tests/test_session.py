@@ -19,7 +19,7 @@ from edgekit import cache
 from edgekit.assembly import Assembly
 from edgekit.devices.pressure import Reading
 from edgekit.errors import DoesNotFitError, EdgekitError, RefusedError, UnknownNameError, UsageError
-from edgekit.llama import Sampling
+from edgekit.llama import Context, Sampling
 from edgekit.plan import plan_budget
 from edgekit.session import Session
 
@@ -172,6 +172,40 @@ def test_pressure_takes_depth_and_gives_it_back(artifact: Path) -> None:
             session.adapt(reading=Reading(4 << 30))
         assert session.plan == home
         assert [change.reason for change in session.changes] == ["pressure", "pressure"]
+
+
+def test_context_that_was_given_up_comes_back_when_a_prompt_needs_it(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with edgekit.load(artifact, budget=ROOMY, context=2048) as session:
+        text(session, 5)
+        monkeypatch.setattr("edgekit.governor.Governor.reserve", lambda self, n: n // 4)
+        session.adapt(reading=Reading(0), need=10)
+        session._governor = None  # memory stays as short as it is
+        budget = session.plan.budget_bytes
+        assert session.context.n_ctx < 1024
+        long = "The quick brown fox jumps over the lazy dog. " * 30
+        assert session.context.n_ctx < len(session.model.tokenize(long)) + 20
+        generation = session.generate(long, 20, WARM)
+        "".join(generation)
+        assert len(generation.ids) == 20
+        assert session.changes[-1].reason == "context"
+        assert budget is not None and session.plan.total_bytes <= budget
+
+
+def test_a_state_that_cannot_be_read_back_is_computed_anew(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = session.model.tokenize("The quick brown fox jumps over the lazy dog.")
+    session.context.decode(ids)
+
+    def broken(context: Context, path: Path) -> None:
+        context.clear()
+        raise EdgekitError("llama.cpp cannot restore the state")
+
+    monkeypatch.setattr(Context, "restore_file", broken)
+    session.resize(lowest(session))
+    assert session.context.tokens == ids
 
 
 def test_when_nothing_fits_the_model_goes_and_the_conversation_waits(

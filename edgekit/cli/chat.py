@@ -1,5 +1,6 @@
 """The conversation of ``edgekit run``: lines in, streamed text out, commands with a slash."""
 
+import os
 import select
 import sys
 from collections.abc import Callable, Iterator
@@ -109,20 +110,28 @@ class Chat:
             )
 
     def _lines(self) -> Iterator[str]:
-        """Lines of stdin; while it waits for one, the session follows memory pressure."""
+        """Lines of stdin; while it waits for one, the session follows memory pressure.
+
+        Read from the descriptor: lines in a buffer of Python's would not wake `select`.
+        """
+        source, rest = sys.stdin.fileno(), b""
         while True:
             if sys.stdin.isatty():
                 click.echo("> ", nl=False, err=True)
-            while not _is_readable():
-                self.session.adapt()
-            line = sys.stdin.readline()
-            if not line:
-                return
-            yield line
+            while b"\n" not in rest:
+                while not _is_readable(source):
+                    self.session.adapt()
+                block = os.read(source, 1 << 16)
+                if not block:
+                    yield rest.decode("utf-8", "replace")
+                    return
+                rest += block
+            line, _, rest = rest.partition(b"\n")
+            yield line.decode("utf-8", "replace")
 
 
-def _is_readable() -> bool:
+def _is_readable(source: int) -> bool:
     try:
-        return bool(select.select([sys.stdin], [], [], IDLE_SECONDS)[0])
-    except (OSError, ValueError):  # no descriptor to wait for: reading blocks
+        return bool(select.select([source], [], [], IDLE_SECONDS)[0])
+    except (OSError, ValueError):  # Windows waits for sockets only: reading blocks
         return True

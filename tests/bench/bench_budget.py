@@ -43,12 +43,12 @@ def budgets(artifact: str, context: int, n: int) -> list[int]:
     return [round(least * (most / least) ** (i / (n - 1))) for i in range(n)]
 
 
-def measure(artifact: str, budget: int, context: int, group: Group) -> dict[str, Any]:
+def measure(artifact: str, budget: int, context: int, prompt: str, group: Group) -> dict[str, Any]:
     """One run inside the group."""
     group.limit(budget)
     group.forget()
     words = [EDGEKIT, "run", artifact, "--budget", str(budget), "--context", str(context)]
-    words += ["-n", "64", "-p", PROMPT, "--ignore-eos", "--json"]
+    words += ["-n", "64", "-p", prompt, "--ignore-eos", "--json"]
     process = group.start(words)
     out, err = process.communicate()
     row: dict[str, Any] = {"budget": budget, "exit": process.returncode}
@@ -83,7 +83,9 @@ def main() -> None:
     parser.add_argument("artifacts", nargs="+")
     parser.add_argument("--budgets", type=int, default=12)
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--short", action="store_true", help="a prompt of a few tokens instead")
     options = parser.parse_args()
+    prompt = PROMPT[:15] if options.short else PROMPT
     results = {}
     with memory_group("edgekit-bench", 1 << 40) as group:
         for artifact in options.artifacts:
@@ -91,7 +93,7 @@ def main() -> None:
             sizes = budgets(artifact, options.context, options.budgets)
             results[artifact] = rows = []
             for size in sizes:
-                rows.append(measure(artifact, size, options.context, group))
+                rows.append(measure(artifact, size, options.context, prompt, group))
                 show(rows[-1])
             words = [EDGEKIT, "run", artifact, "--budget", str(sizes[0] - MIB), "-p", "x"]
             words += ["--context", str(options.context)]
