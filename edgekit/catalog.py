@@ -56,6 +56,14 @@ class Catalog:
         self.stacks = tuple(_whole(stack, levels_bytes) for stack in manifest.stacks)
         self._by_name = {stack.name: stack for stack in self.stacks}
 
+    @property
+    def chunk(self) -> int:
+        """Weights of a layer's matrices that are decoded at once, at most."""
+        most = self.manifest.chunk_weights
+        layers = (s for s in self.stacks if s.name.startswith("blk."))
+        sizes = (min(s.n_weights // s.n_experts, max(s.cols, most)) for s in layers)
+        return max(sizes, default=most)
+
     def stack(self, name: str) -> Stack:
         """The stack of tensor ``name``, with the levels that are here."""
         return self._by_name[name]

@@ -24,10 +24,11 @@ from edgekit import cache
 from edgekit.artifact import Artifact
 from edgekit.assembly import Assembly
 from edgekit.errors import EdgekitError, MemoryShortError
+from edgekit.footprint import decoders
 from edgekit.llama import Context, Model, State, open_model
 from edgekit.llama.context import default_threads
 from edgekit.materialize import materialize
-from edgekit.plan import Plan
+from edgekit.plan import Plan, shape_in
 from edgekit.planner import Depths
 from edgekit.progress import Progress, Silent
 
@@ -170,8 +171,9 @@ class Engine:
         self._artifact.release()
 
     def _opened(self, plan: Plan, threads: int, watch: Watch | None) -> Model:
-        with Assembly(self._artifact, plan.depths, threads) as assembly:
-            path = self._cached(plan, assembly.size)
+        n_decoders = decoders(shape_in(self._artifact), plan.memory, threads)
+        with Assembly(self._artifact, plan.depths, n_decoders) as assembly:
+            path = self._cached(plan, assembly.size, n_decoders)
             if path is not None:
                 return open_model(path, header=assembly.gguf, residency="mapped")
             self._settings.progress.start("load", assembly.size)
@@ -194,7 +196,7 @@ class Engine:
 
         return advance
 
-    def _cached(self, plan: Plan, n_bytes: int) -> Path | None:
+    def _cached(self, plan: Plan, n_bytes: int, n_threads: int) -> Path | None:
         """The file to map: one that the cache has, or that is wanted there and made."""
         if self._settings.residency == "anon" or plan.repack:  # mapped pages cannot be repacked
             return None
@@ -206,7 +208,7 @@ class Engine:
         if self._settings.residency == "auto":
             return None
         cache.make_room(n_bytes)
-        materialize(self._artifact, plan.depths, path, n_threads=self._settings.n_threads)
+        materialize(self._artifact, plan.depths, path, n_threads=n_threads)
         cache.stamp(path)
         return path
 

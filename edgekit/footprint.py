@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edgekit.codecs.chunks import CHUNK_WEIGHTS
 from edgekit.errors import RefusedError, UsageError
 from edgekit.kernels.ggml import TYPES, row_bytes
 from edgekit.manifest import MANIFEST_NAME, Json
@@ -20,9 +21,12 @@ BATCHES = (512, 256, 128, 64, 32)  # tokens computed at once; 512 is llama.cpp's
 CELLS = 256  # llama.cpp pads caches to a multiple of that
 MAX_LAYERS, MAX_COUNT = 1 << 12, 1 << 31  # of a model's facts; no allocation follows from more
 # Resident without a model, measured on x86-64 Linux: Python, numpy, the command line, llama.cpp
-PROCESS_BYTES = 52 << 20
-# Chunks being decoded while a model loads, and pages of the artifact not yet handed back
-LOADING_BYTES = 14 << 20
+PROCESS_BYTES = 54 << 20
+# While a model loads: pages of the artifact not yet handed back, and for each thread the chunk it
+# decodes and two that wait; measured on four models, 65 k to 1 M weights in a chunk
+LOADING_BYTES = 4 << 20
+BYTES_PER_CHUNK_WEIGHT = 12
+DECODERS = 2  # threads that there is always room for
 # llama.cpp's graph and tables of a model, and the vocabulary there and in Python: what four models
 # with 4 k to 128 k tokens took, 11 to 15 bytes per byte of the GGUF's header
 MODEL_BYTES = 10 << 20
@@ -58,6 +62,7 @@ class Shape:
         window: Tokens that windowed layers attend to; 0 where the model has none.
         windowed: Whether each layer attends in a window, ``[layers]``.
         header_bytes: Of the GGUF's header, nearly all of it vocabulary.
+        chunk: Weights of a layer's matrices that are decoded at once, at most.
         measured: What llama.cpp reserved at conversion: the manifest's ``memory``.
     """
 
@@ -71,6 +76,7 @@ class Shape:
     window: int
     windowed: tuple[bool, ...]
     header_bytes: int
+    chunk: int
     measured: Json
 
 
@@ -79,6 +85,7 @@ def shape_of(
     model: Mapping[str, Any],
     header_bytes: int = 0,
     measured: Json | None = None,
+    chunk: int = CHUNK_WEIGHTS,
 ) -> Shape:
     """Read a `Shape` from the manifest's ``model``, ``header_bytes`` and ``memory``.
 
@@ -111,6 +118,7 @@ def shape_of(
         window=count("attention.sliding_window") if any(windowed) else 0,
         windowed=windowed,
         header_bytes=header_bytes,
+        chunk=chunk,
         measured=measured or {},
     )
 
@@ -158,8 +166,20 @@ def memory_of(
     compute = compute_bytes(shape, context, kv_type, batch)
     process = PROCESS_BYTES if held is None else held
     model = MODEL_BYTES + BYTES_PER_HEADER_BYTE * shape.header_bytes
-    loading = max(0, LOADING_BYTES - kv - compute)  # it is over before those are allocated
+    loading = max(0, loading_bytes(shape, DECODERS) - kv - compute)  # over before those are there
     return Memory(kv, compute, process + model + loading)
+
+
+def loading_bytes(shape: Shape, n_threads: int) -> int:
+    """Bytes that loading takes for a moment when ``n_threads`` decode."""
+    return LOADING_BYTES + BYTES_PER_CHUNK_WEIGHT * shape.chunk * n_threads
+
+
+def decoders(shape: Shape, memory: Memory, n_threads: int) -> int:
+    """How many of ``n_threads`` may decode in the place that cache and buffers will take."""
+    room = memory.kv_bytes + memory.compute_bytes - LOADING_BYTES
+    fitting = max(DECODERS, room // (BYTES_PER_CHUNK_WEIGHT * shape.chunk))
+    return min(n_threads, fitting)
 
 
 def kv_bytes(shape: Shape, context: int, kv_type: str, batch: int = BATCHES[0]) -> int:

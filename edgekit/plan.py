@@ -59,7 +59,7 @@ class Plan:
 def shape_in(catalog: Catalog) -> Shape:
     """The facts of the artifact's model that memory follows from."""
     manifest = catalog.manifest
-    facts = manifest.header_bytes, manifest.memory
+    facts = manifest.header_bytes, manifest.memory, catalog.chunk
     return shape_of(manifest.architecture, manifest.model, *facts)
 
 

@@ -10,8 +10,17 @@ from converted import plain, tiny
 
 from edgekit.artifact import Artifact, open_artifact
 from edgekit.catalog import open_catalog
+from edgekit.codecs.chunks import row_ranges
 from edgekit.errors import DoesNotFitError, UsageError
-from edgekit.footprint import BATCHES, PROCESS_BYTES, Memory, memory_of, shape_of
+from edgekit.footprint import (
+    BATCHES,
+    PROCESS_BYTES,
+    Memory,
+    decoders,
+    loading_bytes,
+    memory_of,
+    shape_of,
+)
 from edgekit.llama import Context, open_model
 from edgekit.llama.binding import capture_log
 from edgekit.plan import (
@@ -135,6 +144,33 @@ def test_a_plan_counts_every_byte(llama_artifact: Path) -> None:
     parameters = 8 * body["weights_bytes"] / body["bits_per_weight"]
     with open_artifact(llama_artifact) as opened:
         assert parameters == pytest.approx(opened.manifest.n_parameters, rel=1e-3)
+
+
+def test_more_threads_decode_where_cache_and_buffers_leave_room(llama_artifact: Path) -> None:
+    shape = replace(shape_in(open_catalog(llama_artifact)), chunk=1 << 20)
+    for n_bytes, n_threads in ((0, 2), (40 * MIB, 3), (64 * MIB, 5), (1 << 40, 8)):
+        buffers = Memory(kv_bytes=n_bytes, compute_bytes=0, overhead_bytes=0)
+        assert decoders(shape, buffers, 8) == n_threads
+        assert loading_bytes(shape, n_threads) <= max(n_bytes, loading_bytes(shape, 2))
+    assert decoders(shape, buffers, 1) == 1
+
+
+@pytest.mark.parametrize("chunk_weights", [64, 8192, 1 << 20])
+def test_the_largest_chunk_is_that_of_a_layer(
+    artifacts: dict[str, Path], chunk_weights: int
+) -> None:
+    for folder in artifacts.values():
+        catalog = open_catalog(folder)
+        catalog.manifest = replace(catalog.manifest, chunk_weights=chunk_weights)
+        sizes = [
+            (stop - start) * stack.cols
+            for stack in catalog.stacks
+            if stack.name.startswith("blk.")
+            for start, stop in row_ranges(
+                stack.n_weights // stack.n_experts // stack.cols, stack.cols, chunk_weights
+            )
+        ]
+        assert max(sizes) <= catalog.chunk < max(sizes) + max(s.cols for s in catalog.stacks)
 
 
 def test_a_tier_of_the_whole_model_is_planned_tensor_by_tensor(moe_artifact: Path) -> None:

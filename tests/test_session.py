@@ -42,7 +42,7 @@ def bytes_of_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgekit.loader.held_bytes", lambda: 0)
     monkeypatch.setattr("edgekit.session.PROCESS_BYTES", 0)
     monkeypatch.setattr("edgekit.footprint.MODEL_BYTES", 0)
-    monkeypatch.setattr("edgekit.footprint.LOADING_BYTES", 0)
+    monkeypatch.setattr("edgekit.footprint.loading_bytes", lambda shape, n_threads: 0)
 
 
 @pytest.fixture

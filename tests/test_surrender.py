@@ -30,7 +30,7 @@ def home(catalog: Catalog) -> Plan:
 @pytest.fixture(autouse=True)
 def nothing_hides(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small caches and buffers show beside what loading takes for a moment."""
-    monkeypatch.setattr("edgekit.footprint.LOADING_BYTES", 0)
+    monkeypatch.setattr("edgekit.footprint.loading_bytes", lambda shape, n_threads: 0)
 
 
 def test_what_fits_as_it_was_stays_as_it_was(catalog: Catalog, home: Plan) -> None:
