@@ -1,6 +1,7 @@
 """Settings for the whole suite: no network, few threads, the same examples on every run."""
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything imports torch or tokenizers; the suite runs on small machines.
@@ -8,6 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["OMP_WAIT_POLICY"] = "passive"  # llama.cpp's threads sleep when they wait
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -40,3 +46,28 @@ def moe_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("moe")
     checkpoint = tiny(folder / "checkpoint", "qwen3_moe", dtype="bfloat16")
     return plain(checkpoint, folder / "artifact").artifact
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[..., dict[str, Any]]]:
+    """Run ``edgekit`` in a child of a warm process, perhaps to be killed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("fork_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as server:
+        assert server.stdin and server.stdout
+        stdin, stdout = server.stdin, server.stdout
+
+        def ask(cwd: Path, *args: str, **kill: float) -> dict[str, Any]:
+            command = {"cwd": str(cwd), "args": args, "kill_after": None, "kill_at_change": None}
+            stdin.write(json.dumps(command | kill) + "\n")
+            stdin.flush()
+            answer: dict[str, Any] = json.loads(stdout.readline())
+            return answer
+
+        yield ask
+        stdin.close()

@@ -29,7 +29,8 @@ import edgekit.calibration
 import edgekit.convert
 import edgekit.evaluate
 import edgekit.fisher
-import edgekit.float_model  # noqa: F401
+import edgekit.float_model
+import edgekit.pruning.prune  # noqa: F401
 from edgekit.cli import main
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}

@@ -339,32 +339,6 @@ def test_a_short_text_and_an_existing_output_are_refused(checkpoint: Path, tmp_p
     assert result.exit_code == 2 and "exists; choose another -o" in result.stderr
 
 
-def test_a_stopped_pruning_resumes_to_the_same_bytes(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = options(0.22, n_removed=0)
-    prune(checkpoint, tmp_path / "whole", asked)
-    import edgekit.pruning.prune as module
-
-    entries, seen = module.layer_entries, list[int]()
-
-    def dies(layer: Any, mapping: Any, source: int, target: int) -> Any:
-        seen.append(target)
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        return entries(layer, mapping, source, target)
-
-    monkeypatch.setattr(module, "layer_entries", dies)
-    with pytest.raises(KeyboardInterrupt):
-        prune(checkpoint, tmp_path / "out", asked)
-    assert not (tmp_path / "out").exists()
-    prune(checkpoint, tmp_path / "out", options(0.22, n_removed=0, resume=True))
-    assert seen == [0, 1, 1]  # the first layer was not done again
-    for path in (tmp_path / "whole").glob("model-*"):
-        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
-    assert not list(tmp_path.glob(".*"))
-
-
 def test_a_dry_run_lists_combinations_and_writes_nothing(checkpoint: Path, tmp_path: Path) -> None:
     command = ["prune", str(checkpoint), "-o", str(tmp_path / "out"), "--ratio", "0.22"]
     result = CliRunner().invoke(main, [*command, "--dry-run", "--json"])

@@ -1,12 +1,8 @@
 """A conversion killed at any moment goes on with ``--resume`` and ends as if nothing had been."""
 
 import hashlib
-import json
-import os
 import random
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +10,6 @@ from typing import Any
 import pytest
 from bench.checkpoints import Shape, make_checkpoint
 
-TESTS = Path(__file__).resolve().parent
 SHAPE = Shape(
     num_hidden_layers=1,
     hidden_size=64,
@@ -26,31 +21,6 @@ SHAPE = Shape(
 )
 N_KILLS = 20
 Run = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    """Run ``edgekit`` in a child of a warm process, perhaps to be killed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(
-        [sys.executable, TESTS / "fork_server.py"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as server:
-        assert server.stdin and server.stdout
-        stdin, stdout = server.stdin, server.stdout
-
-        def ask(cwd: Path, *args: str, **kill: float) -> dict[str, Any]:
-            command = {"cwd": str(cwd), "args": args, "kill_after": None, "kill_at_change": None}
-            stdin.write(json.dumps(command | kill) + "\n")
-            stdin.flush()
-            answer: dict[str, Any] = json.loads(stdout.readline())
-            return answer
-
-        yield ask
-        stdin.close()
 
 
 @pytest.fixture(scope="module")
