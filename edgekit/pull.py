@@ -107,7 +107,7 @@ def pull(url: str | None, output: Path, wish: Wish, progress: Progress) -> Pulle
     _check_output(output, wish)
     url = url or _origin(output)
     source = open_source(url, progress)
-    text = source.small(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    text = _manifest_text(source)
     manifest = loads(text)
     _check_names(manifest)
     catalog = Catalog(output, manifest, manifest.levels.n_bytes)
@@ -119,6 +119,16 @@ def pull(url: str | None, output: Path, wish: Wish, progress: Progress) -> Pulle
             job.grow(output) if wish.grow else job.make(output)
         _remember(output, url)
     return _report(output, url, text, catalog, plan, stop, source.n_read, started)
+
+
+def _manifest_text(source: Source) -> bytes:
+    failures = 0
+    while True:
+        try:
+            return source.small(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+        except CutError as error:
+            failures += 1
+            _wait(failures, error)
 
 
 def levels_prefix(catalog: Catalog, depths: Depths) -> int:

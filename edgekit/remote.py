@@ -15,6 +15,7 @@ import requests
 
 from edgekit.checkpoint import contained
 from edgekit.errors import EdgekitError, RefusedError, UsageError
+from edgekit.manifest import MANIFEST_NAME
 from edgekit.progress import Progress
 from edgekit.sizes import format_size
 
@@ -72,7 +73,7 @@ def open_source(url: str, progress: Progress) -> Source:
 
 
 def _folder(path: str) -> str:
-    return path.removesuffix("edgekit.json").rstrip("/") + "/"
+    return path.removesuffix(f"/{MANIFEST_NAME}").rstrip("/") + "/"
 
 
 class FileSource:

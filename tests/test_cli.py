@@ -98,7 +98,9 @@ def test_every_example_in_a_help_text_runs(here, line):
             words += ["--no-measure"]
     if words[0] == "materialize":
         Path("phone.gguf").unlink()
-    if words[0] in ("run", "plan"):
+    if words[0] == "pull":
+        words[1] = Path("llama-edge").resolve().as_uri()
+    if words[0] in ("run", "plan", "pull"):
         words += ["--context", "64"] if "--context" not in words else []
     if "--no-calibration" in words:
         words += ["--no-measure"]
