@@ -35,7 +35,7 @@ LAYERS = (
     {"engine", "prune_report"},
     {"session"},
     {"loader"},
-    {"isolated"},
+    {"isolated", "server"},
     {"cli"},
     {"__main__"},
 )
