@@ -146,6 +146,7 @@ class Session:
         *,
         chat: bool = True,
         stop: Sequence[str] = (),
+        anew: bool = False,
         check: Callable[[], None] | None = None,
     ) -> Generation:
         """Continue a text or a conversation; iterate for the pieces.
@@ -157,6 +158,8 @@ class Session:
             sampling: ``None`` takes `Sampling`'s defaults.
             chat: A text is a user's message, where the model has a chat template.
             stop: Texts that end the generation.
+            anew: Compute all of the prompt, also what the context has of it: the answer then does
+                not depend on what was asked before, to the last bit.
             check: Called before each call of llama.cpp; what it raises ends the generation.
 
         Raises:
@@ -171,6 +174,8 @@ class Session:
                 f"the prompt has {len(ids)} tokens, the context {self.context.n_ctx}; shorten it, "
                 "or give a larger context"
             )
+        if anew:
+            self.context.clear()
         rest = self._rewind(ids)
 
         def between(need: int) -> Context:

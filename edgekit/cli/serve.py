@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from edgekit.server.access import Access
     from edgekit.session import Session
 
-# What serving takes besides the model: libraries 7 MiB, connections and bodies; docs/serve.md
-SERVER_BYTES = 16 << 20
-
 
 @click.command()
 @click.argument("artifact", type=options.FOLDER)
@@ -76,12 +73,13 @@ def serve(
     """
     child = supervised()
     try:
-        from edgekit.server.app import make_app
+        from edgekit.server.app import make_app, server_bytes
         from edgekit.server.listen import bind, listen, url_of
     except ImportError as error:
         raise UsageError(f"serving needs more ({error}); pip install 'edgekit[serve]'") from error
     from edgekit.devices.memory import auto_budget
     from edgekit.loader import load
+    from edgekit.plan import DEFAULT_CONTEXT
     from edgekit.server.worker import Worker
 
     access = _access(host, api_key_file, budget_token_file)
@@ -101,7 +99,7 @@ def serve(
             follow,
             repack,
             progress,
-            SERVER_BYTES,
+            server_bytes(context or DEFAULT_CONTEXT),
         ) as session,
     ):
         child.needs(session.plan.total_bytes, session.plan.budget_bytes or 0)

@@ -21,10 +21,63 @@ from edgekit.server.ask import ApiError, Ask
 from edgekit.server.worker import Done, Event, Job, Worker
 from edgekit.sizes import parse_size
 
-MAX_BODY = 1 << 20  # bytes
 BODY_SECONDS = 30.0  # a body must have come in
+LEAST_BODY, BODY_BYTES_PER_TOKEN = 1 << 16, 16
+BODIES_HELD = 4  # times the largest body there may be, all that wait together
+# Libraries take 7 MiB, 64 connections with full buffers some 6, JSON some 30 times its bytes
+BESIDES_BYTES, BESIDES_PER_BODY = 12 << 20, 32
 Handler = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
+
+
+def body_bytes(context: int) -> int:
+    """The most bytes that a request may have, by the tokens of the context."""
+    return LEAST_BODY + BODY_BYTES_PER_TOKEN * context
+
+
+def server_bytes(context: int) -> int:
+    """What serving takes besides the model; see docs/serve.md for what was measured."""
+    return BESIDES_BYTES + (BESIDES_PER_BODY + BODIES_HELD) * body_bytes(context)
+
+
+class Bodies:
+    """Bodies of requests in memory, bounded so that clients cannot break the budget.
+
+    Attributes:
+        most: Bytes of one; what the context can hold, generously.
+        held: Bytes of all that came and are not answered.
+    """
+
+    def __init__(self, context: int) -> None:
+        """For a context of so many tokens."""
+        self.most, self.held = body_bytes(context), 0
+
+    @contextlib.asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[Body]:
+        """The JSON object of a request; it counts as held until the block ends.
+
+        Only as ``application/json``, which a web page may not send to another origin unasked.
+        """
+        kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, f"the content type is {kind[:80]!a}, needs application/json")
+        data = bytearray()
+        try:
+            await asyncio.wait_for(self._read_into(data, request), BODY_SECONDS)
+            yield asks.loads(bytes(data))
+        except asyncio.TimeoutError as error:
+            raise ApiError(408, f"the body did not come in {BODY_SECONDS:.0f} s") from error
+        finally:
+            self.held -= len(data)
+
+    async def _read_into(self, data: bytearray, request: Request) -> None:
+        async for chunk in request.stream():
+            data += chunk
+            self.held += len(chunk)
+            if len(data) > self.most:
+                raise ApiError(413, f"the body has more than {self.most} bytes")
+            if self.held > BODIES_HELD * self.most:
+                raise ApiError(429, "too much is asked for at once; try again later")
 
 
 def make_app(worker: Worker, access: Access) -> Starlette:
@@ -55,6 +108,7 @@ class _Served:
         self._worker, self._access = worker, access
         self._name = worker.session.artifact.manifest.name
         self._one_change = asyncio.Lock()
+        self._bodies = Bodies(worker.session.plan.context)
 
     async def health(self, request: Request) -> Response:
         """Whether a depth is loaded."""
@@ -83,21 +137,19 @@ class _Served:
 
     async def chat(self, request: Request) -> Response:
         """The next message of a conversation."""
-        self._check_api(request)
-        return await self._completion(request, asks.chat(await _body(request)))
+        return await self._completion(request, asks.chat)
 
     async def text(self, request: Request) -> Response:
         """A text, continued."""
-        self._check_api(request)
-        return await self._completion(request, asks.text(await _body(request)))
+        return await self._completion(request, asks.text)
 
     async def budget(self, request: Request) -> Response:
         """What is loaded; after a ``POST``, within another budget."""
         self._check_host(request)
         self._access.check_budget(request.headers.get("Authorization", ""))
         if request.method == "POST":
-            n_bytes = _budget_of((await _body(request)).get("budget"))
-            async with self._one_change:
+            async with self._bodies.read(request) as body, self._one_change:
+                n_bytes = _budget_of(body.get("budget"))
                 await self._resize(n_bytes)
         return JSONResponse(self._loaded())
 
@@ -116,24 +168,29 @@ class _Served:
         if error is not None:
             raise ApiError(500, f"the old depth stays: {error}")
 
-    async def _completion(self, request: Request, ask: Ask) -> Response:
-        answer = _Answer(self._worker, ask)
-        form = Form.of(ask, self._name)
-        try:
-            first = await _unless_gone(request, answer.next())
-            if isinstance(first, ApiError):
-                raise first
-            if ask.stream:
-                return StreamingResponse(
-                    _events(answer, form, first),
-                    media_type="text/event-stream",
-                    headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
-                )
-            text, done = await _unless_gone(request, answer.rest(first))
-            return JSONResponse(form.whole(text, done.stopped, done.timings))
-        except BaseException:
-            answer.abandon()
-            raise
+    async def _completion(self, request: Request, read: Callable[[Body], Ask]) -> Response:
+        self._check_api(request)
+        async with self._bodies.read(request) as body:
+            ask = read(body)
+            answer = _Answer(self._worker, ask)
+            try:
+                first = await _unless_gone(request, answer.next())
+                return await self._answered(request, answer, first, Form.of(ask, self._name))
+            except BaseException:
+                answer.abandon()
+                raise
+
+    async def _answered(
+        self, request: Request, answer: "_Answer", first: Event, form: Form
+    ) -> Response:
+        if isinstance(first, ApiError):
+            raise first
+        if form.ask.stream:
+            headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+            events = _events(answer, form, first)
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        text, done = await _unless_gone(request, answer.rest(first))
+        return JSONResponse(form.whole(text, done.stopped, done.timings))
 
     def _check_host(self, request: Request) -> None:
         self._access.check_host(request.headers.get("Host", ""))
@@ -225,29 +282,6 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _body(request: Request) -> Body:
-    """The JSON object of a request.
-
-    Only as ``application/json``, which a web page may not send to another origin unasked.
-    """
-    kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"the content type is {kind[:80]!a}, needs application/json")
-    try:
-        return asks.loads(await asyncio.wait_for(_content(request), BODY_SECONDS))
-    except asyncio.TimeoutError as error:
-        raise ApiError(408, f"the body did not come in {BODY_SECONDS:.0f} s") from error
-
-
-async def _content(request: Request) -> bytes:
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_BODY:
-            raise ApiError(413, f"the body has more than {MAX_BODY} bytes")
-    return bytes(data)
 
 
 def _budget_of(value: object) -> int:

@@ -70,6 +70,7 @@ class Ask:
         stop: Texts that end the answer.
         stream: Piece by piece.
         tells_usage: A stream ends with counts of tokens.
+        anew: Nothing of earlier requests is used.
     """
 
     kind: Kind
@@ -79,6 +80,7 @@ class Ask:
     stop: tuple[str, ...]
     stream: bool
     tells_usage: bool
+    anew: bool
 
 
 def loads(data: bytes) -> Body:
@@ -139,6 +141,7 @@ def _ask(body: Body, kind: Kind, prompt: str | Sequence[Message], n_tokens: int 
         stop=_stop(body.get("stop")),
         stream=stream,
         tells_usage=_tells_usage(body.get("stream_options"), stream),
+        anew=not _flag(body, "cache_prompt", default=True),
     )
 
 
@@ -200,11 +203,11 @@ def _count(body: Body, name: str, least: int = 1, default: int | None = None) ->
     return value
 
 
-def _flag(body: Body, name: str) -> bool:
+def _flag(body: Body, name: str, *, default: bool = False) -> bool:
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
         raise _wrong(name, value, "true or false")
-    return bool(value)
+    return default if value is None else value
 
 
 def _stop(value: object) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ from starlette.applications import Starlette
 
 from edgekit.errors import EdgekitError
 
-MAX_CONNECTIONS = 128
+MAX_CONNECTIONS = 64
+MAX_HEADERS = 1 << 14  # bytes
 KEEP_ALIVE_SECONDS = 30
 
 
@@ -62,6 +63,7 @@ def listen(app: Starlette, bound: socket.socket, is_ready: Callable[[], None]) -
         server_header=False,
         proxy_headers=False,
         limit_concurrency=MAX_CONNECTIONS,
+        h11_max_incomplete_event_size=MAX_HEADERS,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
     for name in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it is done

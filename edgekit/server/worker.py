@@ -160,6 +160,7 @@ class Worker:
             ask.sampling,
             chat=not is_text,
             stop=ask.stop,
+            anew=ask.anew,
             check=check,
         )
         try:
