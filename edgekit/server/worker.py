@@ -13,7 +13,7 @@ from edgekit.progress import Progress
 from edgekit.server.ask import ApiError, Ask
 from edgekit.session import Session
 
-MAX_WAITING = 64  # requests; more are turned away
+MAX_WAITING = 32  # requests; more are turned away
 IDLE_SECONDS = 0.1  # between two looks at memory pressure while nobody asks
 
 
