@@ -7,12 +7,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import requests
 
 TOKEN, KEY = "a token for the budget", "a key for the models"
@@ -86,6 +87,8 @@ def serving(
             yield Served(process, body["pid"], body["url"], Path(log.name))
         finally:
             process.kill()
+            with suppress(psutil.NoSuchProcess):  # it ends with its parent
+                psutil.Process(body["pid"]).wait(20)
 
 
 def told_token(served: Served) -> str:
