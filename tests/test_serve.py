@@ -411,6 +411,24 @@ def test_a_termination_finishes_what_was_asked_and_ends_with_0(artifact: Path) -
         assert "Traceback" not in served.errors.read_text()
 
 
+def test_a_second_termination_breaks_off_what_was_asked(artifact: Path) -> None:
+    with (
+        serving(artifact, "--budget", ROOMY, "--context", "100000") as served,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        fields: dict[str, Any] = {"model": "any", "max_tokens": 90_000, "extra_body": EXACT}
+        ask = lambda word: served.client().completions.create(prompt=word, **fields)  # noqa: E731
+        answers = [pool.submit(ask, word) for word in WORDS[:3]]
+        wait_for(lambda: served.metrics()["edgekit_requests_waiting"] == 2)
+        for _ in range(2):
+            served.process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        assert served.process.wait(timeout=20) == 0
+        for answer in answers:
+            with pytest.raises(openai.APIConnectionError):
+                answer.result(timeout=20)
+
+
 def test_signals_halve_the_budget_and_bring_it_back(artifact: Path) -> None:
     with serving(artifact, "--budget", ROOMY, "--context", "512") as served:
         for number, budget in ((signal.SIGUSR1, 1 << 29), (signal.SIGUSR2, 1 << 30)):

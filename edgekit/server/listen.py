@@ -4,6 +4,7 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
@@ -21,6 +22,7 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         EdgekitError: The address cannot be had.
     """
+    found = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -29,6 +31,8 @@ def bind(host: str, port: int) -> socket.socket:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
     except OSError as error:
+        if found is not None:
+            found.close()
         raise EdgekitError(
             f"cannot listen on {host} port {port}: {error.strerror or error}; choose another "
             "--port or --host"
@@ -42,10 +46,19 @@ def url_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class _Server(uvicorn.Server):
+    """Ends at once at the second signal, whichever it is."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self.force_exit = True
+        super().handle_exit(sig, frame)
+
+
 def listen(app: Starlette, bound: socket.socket, is_ready: Callable[[], None]) -> None:
     """Answer until a signal comes; then finish what was asked and return.
 
-    INT and TERM take no new requests; a second INT ends at once.
+    After INT or TERM nothing new is taken; a second one ends at once.
 
     Args:
         app: The application.
@@ -68,7 +81,7 @@ def listen(app: Starlette, bound: socket.socket, is_ready: Callable[[], None]) -
     )
     for name in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it is done
         signal.signal(name, lambda number, frame: None)
-    asyncio.run(_serve(uvicorn.Server(config), bound, is_ready))
+    asyncio.run(_serve(_Server(config), bound, is_ready))
 
 
 async def _serve(
