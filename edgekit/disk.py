@@ -1,12 +1,13 @@
-"""Room on disk, asked before work begins."""
+"""Room on disk, asked before work begins, and folders that one process works in at a time."""
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgekit.errors import DiskFullError
+from edgekit.errors import DiskFullError, UsageError
 from edgekit.sizes import format_size
 
 
@@ -36,3 +37,25 @@ def disk_full_reported(what: str, hint: str) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise DiskFullError(f"{what}: the disk is full ({error.strerror}); {hint}") from error
+
+
+@contextmanager
+def held_alone(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask the same out of ``folder``; a kill lets go of it.
+
+    Raises:
+        UsageError: One of them is in it.
+    """
+    if os.name != "posix":  # folders cannot be locked there
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UsageError(f"another edgekit works in {folder}; wait for it, or end it") from error
+    finally:
+        os.close(handle)

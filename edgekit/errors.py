@@ -2,7 +2,8 @@
 
 EdgekitError                1  failed
 ├── UsageError              2  the command or its options do not make sense
-│   └── UnknownNameError    2  a name that is not in a table
+│   ├── UnknownNameError    2  a name that is not in a table
+│   └── TooLongError        2  a prompt that does not fit the context
 ├── DoesNotFitError         3  more memory is needed than there is
 │   └── MemoryShortError    3  memory went away while a model was being loaded
 ├── DiskFullError           4  more disk is needed than there is
@@ -36,6 +37,10 @@ class UnknownNameError(UsageError):
         close = get_close_matches(name, names, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
         super().__init__(f"unknown {kind} '{name}'; {hint}")
+
+
+class TooLongError(UsageError):
+    """A prompt has more tokens than the context."""
 
 
 class DoesNotFitError(EdgekitError):

@@ -24,6 +24,7 @@ def load(
     follow: bool = True,
     repack: bool = False,
     progress: Progress | None = None,
+    besides: int = 0,
 ) -> Iterator[Session]:
     """Load the artifact in ``path`` at the best depth within ``budget`` bytes; a context manager.
 
@@ -39,6 +40,7 @@ def load(
         repack: Let llama.cpp lay weights out for its fastest kernels where that fits the budget
             too; the weights are decoded into memory then.
         progress: Told how far each load is.
+        besides: Bytes that the caller will take besides the model, within the budget.
 
     Raises:
         DoesNotFitError: Not even the lowest depth fits.
@@ -51,7 +53,7 @@ def load(
     system_info()  # llama.cpp's libraries are part of what the process holds
     held = held_bytes()
     with open_artifact(Path(path), remember=True) as artifact:
-        wish = Wish(budget, context, kv_type, follow, repack)
+        wish = Wish(budget, context, kv_type, follow, repack, besides)
         settings = Settings(n_threads, residency, progress or Silent())
         session = Session(artifact, wish, settings, held)
         try:

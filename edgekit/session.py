@@ -5,14 +5,21 @@ Every change of depth happens between two calls of llama.cpp, so no token is los
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from edgekit.artifact import Artifact
 from edgekit.devices.memory import auto_budget, held_bytes
 from edgekit.devices.pressure import Reading, read_pressure
 from edgekit.engine import Engine, Settings, Watch
-from edgekit.errors import DoesNotFitError, EdgekitError, MemoryShortError, UsageError
+from edgekit.errors import (
+    DoesNotFitError,
+    EdgekitError,
+    MemoryShortError,
+    TooLongError,
+    UsageError,
+)
 from edgekit.footprint import PROCESS_BYTES
 from edgekit.governor import Governor, Home
 from edgekit.llama import Context, Generation, Message, Model, Sampling, chat_prompt, generate
@@ -25,6 +32,7 @@ POLL_SECONDS = 0.05  # between two looks at memory pressure
 WATCH_SECONDS = 0.02  # the same while weights come in
 SHORTAGE = 0.95  # of what is still to come; less that is free ends a load
 PATIENCE_SECONDS = 60.0  # an unloaded model waits so long for memory to come back
+Told = Callable[[EdgekitError | None], None]  # how a request for another budget ended
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Wish:
         kv_type: Type of the KV cache.
         follow: Change depth as memory pressure asks for.
         repack: Let llama.cpp lay weights out for its fastest kernels where that fits the budget.
+        besides: Bytes that the caller will take besides the model, within the budget.
     """
 
     budget: int | None = None
@@ -44,6 +53,7 @@ class Wish:
     kv_type: str = "f16"
     follow: bool = True
     repack: bool = False
+    besides: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,8 +97,9 @@ class Session:
         """
         self.artifact, self._wish, self.changes = artifact, wish, list[Change]()
         self._held = held if held > LARGE_HOST * PROCESS_BYTES else PROCESS_BYTES
+        self._held += wish.besides
         self._polled = 0.0
-        self._pending: int | None = None
+        self._pending: deque[tuple[int, Told | None]] = deque()
         self._settings = settings or Settings()
         self._engine = Engine(artifact, self._settings)
         budget = auto_budget().n_bytes if wish.budget is None else wish.budget
@@ -106,6 +117,11 @@ class Session:
     def plan(self) -> Plan:
         """What is loaded."""
         return self._engine.plan or self._home_plan
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether there is a model; memory pressure may have taken it for a while."""
+        return self._engine.is_loaded
 
     @property
     def context(self) -> Context:
@@ -130,6 +146,8 @@ class Session:
         *,
         chat: bool = True,
         stop: Sequence[str] = (),
+        anew: bool = False,
+        check: Callable[[], None] | None = None,
     ) -> Generation:
         """Continue a text or a conversation; iterate for the pieces.
 
@@ -140,23 +158,50 @@ class Session:
             sampling: ``None`` takes `Sampling`'s defaults.
             chat: A text is a user's message, where the model has a chat template.
             stop: Texts that end the generation.
+            anew: Compute all of the prompt, also what the context has of it: the answer then does
+                not depend on what was asked before, to the last bit.
+            check: Called before each call of llama.cpp; what it raises ends the generation.
 
         Raises:
-            UsageError: The prompt is empty or longer than the context, or there are messages and
-                no chat template.
+            UsageError: The prompt is empty, or there are messages and no chat template.
+            TooLongError: The prompt is longer than the context.
         """
         self.adapt(n)
         ids = self._ids(prompt, chat)
         self._make_room(len(ids) + n)
+        if len(ids) > self.context.n_ctx:
+            raise TooLongError(
+                f"the prompt has {len(ids)} tokens, the context {self.context.n_ctx}; shorten it, "
+                "or give a larger context"
+            )
+        if anew:
+            self.context.clear()
         rest = self._rewind(ids)
-        return generate(self.context, rest, n, sampling, stop=stop, between=self._between)
 
-    def request(self, budget: int) -> None:
-        """Resize before the next token; may be called in a signal handler.
+        def between(need: int) -> Context:
+            if check is not None:
+                check()
+            self.adapt(need)
+            return self.context
+
+        return generate(self.context, rest, n, sampling, stop=stop, between=between)
+
+    def prompt_of(self, messages: Sequence[Message]) -> str | Sequence[Message]:
+        """All messages where the model has a chat template, else their texts line by line."""
+        if self.has_chat_template:
+            return messages
+        return "\n".join(message["content"] for message in messages)
+
+    def request(self, budget: int, told: Told | None = None) -> None:
+        """Resize before the next token; may be called in a signal handler or another thread.
 
         Where nothing fits, the old depth stays and the progress listener is told.
+
+        Args:
+            budget: Bytes.
+            told: Called when it is done, with the error where the old depth stays.
         """
-        self._pending = budget
+        self._pending.append((budget, told))
 
     def resize(self, budget: int) -> Plan:
         """Load the best depth for ``budget`` bytes instead; the conversation goes on.
@@ -189,12 +234,8 @@ class Session:
         Raises:
             DoesNotFitError: Everything was given up and memory did not come back in a minute.
         """
-        if self._pending is not None:
-            budget, self._pending = self._pending, None
-            try:
-                self.resize(budget)
-            except DoesNotFitError as error:
-                self._settings.progress.note(f"the old depth stays: {error}")
+        while self._pending:
+            self._obey(*self._pending.popleft())
         if self._governor is None:
             return
         now = time.monotonic()
@@ -209,6 +250,16 @@ class Session:
                 )
             time.sleep(POLL_SECONDS)
             self._follow(self._governor, read_pressure(), need)
+
+    def _obey(self, budget: int, told: Told | None) -> None:
+        error = None
+        try:
+            self.resize(budget)
+        except EdgekitError as why:
+            error = why
+            self._settings.progress.note(f"the old depth stays: {why}")
+        if told is not None:
+            told(error)
 
     def close(self) -> None:
         """Free everything; twice is once."""
@@ -233,10 +284,6 @@ class Session:
         wanted, budget = min(n_tokens, self._home_plan.context), self.plan.budget_bytes
         if self.context.n_ctx < wanted and budget is not None:
             self._switch(self._kept(budget, wanted), "context")
-
-    def _between(self, need: int) -> Context:
-        self.adapt(need)
-        return self.context
 
     def _follow(self, governor: Governor, reading: Reading, need: int) -> None:
         """Ask the governor, and obey until what is loaded is what memory allows."""

@@ -98,12 +98,29 @@ def test_every_example_in_a_help_text_runs(here, line):
             words += ["--no-measure"]
     if words[0] == "materialize":
         Path("phone.gguf").unlink()
-    if words[0] in ("run", "plan"):
+    if words[0] == "pull":
+        words[1] = Path("llama-edge").resolve().as_uri()
+    if words[0] == "serve":
+        check_serves(here, words)
+        return
+    if words[0] in ("run", "plan", "pull"):
         words += ["--context", "64"] if "--context" not in words else []
     if "--no-calibration" in words:
         words += ["--no-measure"]
     result = invoke(*words)
     assert result.exit_code == 0, (result.stderr, result.exception)
+
+
+def check_serves(folder: Path, words: list[str]) -> None:
+    """It gets ready, and a termination ends it well."""
+    words[words.index("--port") + 1] = "0"
+    command = [sys.executable, "-m", "edgekit", *words]
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "serving " not in (line := process.stderr.readline()):
+            assert line
+        process.terminate()
+        assert process.wait(timeout=60) == 0
 
 
 def check(body: Any, **fields: Any) -> None:

@@ -45,6 +45,7 @@ def test_everything_that_make_installs_is_pinned():
 
 def test_the_device_side_needs_no_torch():
     needed = {"numpy", "gguf", "llama-cpp-python", "zstandard", "psutil", "click", "rich"}
+    needed.add("requests")
     assert names(PROJECT["project"]["dependencies"]) == needed
 
 

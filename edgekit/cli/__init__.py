@@ -16,7 +16,9 @@ from edgekit.cli.inspect import inspect, verify
 from edgekit.cli.materialize import materialize
 from edgekit.cli.plan import plan
 from edgekit.cli.prune import prune
+from edgekit.cli.pull import pull
 from edgekit.cli.run import run
+from edgekit.cli.serve import serve
 from edgekit.errors import EdgekitError
 
 
@@ -102,5 +104,5 @@ def main() -> None:
     """
 
 
-for command in (convert, plan, run, materialize, evaluate, prune, inspect, verify):
+for command in (convert, plan, run, serve, pull, materialize, evaluate, prune, inspect, verify):
     main.add_command(command)

@@ -3,7 +3,7 @@
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from edgekit.errors import DoesNotFitError, EdgekitError, UsageError
 from edgekit.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
-    from edgekit.llama import Sampling
+    from edgekit.llama import Message, Sampling
     from edgekit.session import Session
 
 IDLE_SECONDS = 0.25  # between two looks at memory pressure while nobody types
@@ -70,7 +70,7 @@ class Chat:
         seen, pieces = len(self.session.changes), []
         try:
             generation = self.session.generate(
-                self._prompt(text), self.n_tokens, self.sampling, chat=not self.raw, stop=self.stop
+                self._prompt(), self.n_tokens, self.sampling, chat=not self.raw, stop=self.stop
             )
             for piece in generation:
                 pieces.append(piece)
@@ -84,11 +84,11 @@ class Chat:
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
         self._tell_changes(seen)
 
-    def _prompt(self, text: str) -> "str | list[dict[str, str]]":
+    def _prompt(self) -> "str | Sequence[Message]":
         """All messages where the model has a chat template, else the text so far and the line."""
-        if not self.raw and self.session.has_chat_template:
-            return self.messages
-        return "\n".join(message["content"] for message in self.messages)
+        if self.raw:
+            return "\n".join(message["content"] for message in self.messages)
+        return self.session.prompt_of(self.messages)
 
     def _budget(self, size: str) -> None:
         self.session.resize(parse_size(size))

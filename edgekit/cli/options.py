@@ -67,3 +67,17 @@ residency = click.option(
     help="Decode weights into memory (anon), map a file that is kept in the cache (mapped), or map "
     "where the cache has it (auto).",
 )
+follow = click.option(
+    "--follow/--no-follow",
+    default=True,
+    show_default=True,
+    help="Change depth as memory pressure asks for.",
+)
+repack = click.option(
+    "--repack",
+    is_flag=True,
+    help="Let llama.cpp lay weights out for its fastest kernels, where that fits the budget too.",
+)
+threads = click.option(
+    "--threads", type=click.IntRange(1, 512), help="Threads; default: physical cores."
+)

@@ -49,18 +49,9 @@ if TYPE_CHECKING:
 @options.context
 @options.kv_type
 @options.residency
-@click.option(
-    "--follow/--no-follow",
-    default=True,
-    show_default=True,
-    help="Change depth as memory pressure asks for.",
-)
-@click.option(
-    "--repack",
-    is_flag=True,
-    help="Let llama.cpp lay weights out for its fastest kernels, where that fits the budget too.",
-)
-@click.option("--threads", type=click.IntRange(1, 512), help="Threads; default: physical cores.")
+@options.follow
+@options.repack
+@options.threads
 @options.as_json
 @options.verbose
 def run(
@@ -109,8 +100,8 @@ def run(
         ) as session,
     ):
         child.needs(session.plan.total_bytes, session.plan.budget_bytes or 0)
-        _obey_signals(session)
-        _tell_loaded(session)
+        obey_signals(session)
+        tell_loaded(session)
         if prompt is None:
             Chat(session, n_tokens, sampling, raw, stop).run()
             return
@@ -127,7 +118,7 @@ def run(
             _tell_times(generation)
 
 
-def _obey_signals(session: "Session") -> None:
+def obey_signals(session: "Session") -> None:
     """USR1 halves the budget, USR2 brings the first one back; Windows has neither."""
     first = session.plan.budget_bytes or session.plan.total_bytes
 
@@ -142,7 +133,8 @@ def _obey_signals(session: "Session") -> None:
             signal.signal(getattr(signal, name), handler)
 
 
-def _tell_loaded(session: "Session") -> None:
+def tell_loaded(session: "Session") -> None:
+    """One line about what was loaded."""
     plan = session.plan
     note(
         f"loaded {format_size(plan.depths.weights_bytes)} of weights at "

@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import UsageError
 from edgekit.llama.binding import binding
 from edgekit.llama.model import Model
 
@@ -25,7 +25,7 @@ def apply_chat_template(
         add_generation_prompt: End with the header of the assistant's turn.
 
     Raises:
-        EdgekitError: Neither renders it; the message has the template's own reason.
+        UsageError: Neither renders it; the message has the template's own reason.
     """
     template = binding().llama_model_chat_template(model.handle, None)
     if not template:
@@ -36,7 +36,7 @@ def apply_chat_template(
     except Exception as error:  # a template may raise anything; the sandbox contains it
         known = _render_known(template, messages, add_generation_prompt)
         if known is None:
-            raise EdgekitError(
+            raise UsageError(
                 f"the model's chat template fails: {error}; run without a chat, with -p"
             ) from error
         return known

@@ -52,9 +52,16 @@ class Sampling:
 
 @dataclass
 class Timings:
-    """Counts, and seconds spent in llama.cpp."""
+    """Counts, and seconds spent in llama.cpp.
+
+    Attributes:
+        n_prompt: Tokens of the prompt that were computed.
+        n_held: Tokens that the context held before them.
+        n_gen: Tokens that were drawn.
+    """
 
     n_prompt: int = 0
+    n_held: int = 0
     n_gen: int = 0
     prompt_seconds: float = 0.0
     gen_seconds: float = 0.0
@@ -119,7 +126,7 @@ def generate(
         raise UsageError(
             f"a prompt of {len(prompt)} tokens and {n} more; the context has {left} positions left"
         )
-    generation = Generation()
+    generation = Generation(timings=Timings(n_held=len(context.tokens)))
     run = _Run(between or (lambda _: context), context, generation)
     tokens = run.draw(prompt, n, sampling or Sampling())
     generation.pieces = _until_stop(run.text(tokens), stop, generation)

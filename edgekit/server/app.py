@@ -1,0 +1,318 @@
+"""The application: routes, what is checked before, and streams that end with their client."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from edgekit.devices.memory import auto_budget, held_bytes
+from edgekit.errors import DoesNotFitError, EdgekitError, UsageError
+from edgekit.server import ask as asks
+from edgekit.server import metrics
+from edgekit.server.access import Access
+from edgekit.server.answer import Body, Form, event
+from edgekit.server.ask import ApiError, Ask
+from edgekit.server.worker import Done, Event, Job, Worker
+from edgekit.sizes import parse_size
+
+BODY_SECONDS = 30.0  # a body must have come in
+LEAST_BODY, BODY_BYTES_PER_TOKEN = 1 << 16, 16
+BODIES_HELD = 4  # times the largest body there may be, all that wait together
+# Libraries take 7 MiB, 64 connections with full buffers some 6, JSON some 30 times its bytes
+BESIDES_BYTES, BESIDES_PER_BODY = 12 << 20, 32
+Handler = Callable[[Request], Awaitable[Response]]
+T = TypeVar("T")
+
+
+def body_bytes(context: int) -> int:
+    """The most bytes that a request may have, by the tokens of the context."""
+    return LEAST_BODY + BODY_BYTES_PER_TOKEN * context
+
+
+def server_bytes(context: int) -> int:
+    """What serving takes besides the model; see docs/serve.md for what was measured."""
+    return BESIDES_BYTES + (BESIDES_PER_BODY + BODIES_HELD) * body_bytes(context)
+
+
+class Bodies:
+    """Bodies of requests in memory, bounded so that clients cannot break the budget.
+
+    Attributes:
+        most: Bytes of one; what the context can hold, generously.
+        held: Bytes of all that came and are not answered.
+    """
+
+    def __init__(self, context: int) -> None:
+        """For a context of so many tokens."""
+        self.most, self.held = body_bytes(context), 0
+
+    @contextlib.asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[Body]:
+        """The JSON object of a request; it counts as held until the block ends.
+
+        Only as ``application/json``, which a web page may not send to another origin unasked.
+        """
+        kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, f"the content type is {kind[:80]!a}, needs application/json")
+        data = bytearray()
+        try:
+            await asyncio.wait_for(self._read_into(data, request), BODY_SECONDS)
+            yield asks.loads(bytes(data))
+        except asyncio.TimeoutError as error:
+            raise ApiError(408, f"the body did not come in {BODY_SECONDS:.0f} s") from error
+        finally:
+            self.held -= len(data)
+
+    async def _read_into(self, data: bytearray, request: Request) -> None:
+        async for chunk in request.stream():
+            data += chunk
+            self.held += len(chunk)
+            if len(data) > self.most:
+                raise ApiError(413, f"the body has more than {self.most} bytes")
+            if self.held > BODIES_HELD * self.most:
+                raise ApiError(429, "too much is asked for at once; try again later")
+
+
+def make_app(worker: Worker, access: Access) -> Starlette:
+    """The application over a worker that runs."""
+    served = _Served(worker, access)
+    routes = [
+        Route("/health", served.health),
+        Route("/metrics", served.metrics),
+        Route("/budget", served.budget, methods=["GET", "POST"]),
+        Route("/v1/models", served.models),
+        Route("/v1/models/{name:path}", served.model),
+        Route("/v1/chat/completions", served.chat, methods=["POST"]),
+        Route("/v1/completions", served.text, methods=["POST"]),
+    ]
+    return Starlette(
+        routes=routes,
+        exception_handlers={
+            ApiError: _refused,
+            HTTPException: _no_route,
+            ClientDisconnect: _gone,
+            Exception: _bug,
+        },
+    )
+
+
+class _Served:
+    def __init__(self, worker: Worker, access: Access) -> None:
+        self._worker, self._access = worker, access
+        self._name = worker.session.artifact.manifest.name
+        self._one_change = asyncio.Lock()
+        self._bodies = Bodies(worker.session.plan.context)
+
+    async def health(self, request: Request) -> Response:
+        """Whether a depth is loaded."""
+        self._check_host(request)
+        is_loaded = self._worker.session.is_loaded
+        status = "ok" if is_loaded else "no depth is loaded: memory is short"
+        return JSONResponse({"status": status}, 200 if is_loaded else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus."""
+        self._check_host(request)
+        return PlainTextResponse(metrics.render(self._worker), media_type=metrics.CONTENT_TYPE)
+
+    async def models(self, request: Request) -> Response:
+        """The one model."""
+        self._check_api(request)
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """It, by its name."""
+        self._check_api(request)
+        name = request.path_params["name"]
+        if name != self._name:
+            raise ApiError(404, f"no model {name[:80]!a}; there is {self._name!a}")
+        return JSONResponse(self._model())
+
+    async def chat(self, request: Request) -> Response:
+        """The next message of a conversation."""
+        return await self._completion(request, asks.chat)
+
+    async def text(self, request: Request) -> Response:
+        """A text, continued."""
+        return await self._completion(request, asks.text)
+
+    async def budget(self, request: Request) -> Response:
+        """What is loaded; after a ``POST``, within another budget."""
+        self._check_host(request)
+        self._access.check_budget(request.headers.get("Authorization", ""))
+        if request.method == "POST":
+            async with self._bodies.read(request) as body, self._one_change:
+                n_bytes = _budget_of(body.get("budget"))
+                await self._resize(n_bytes)
+        return JSONResponse(self._loaded())
+
+    async def _resize(self, n_bytes: int) -> None:
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[EdgekitError | None] = loop.create_future()
+
+        def told(error: EdgekitError | None) -> None:
+            loop.call_soon_threadsafe(done.set_result, error)
+
+        self._worker.session.request(n_bytes, told)
+        self._worker.wake()
+        error = await asyncio.shield(done)
+        if isinstance(error, DoesNotFitError):
+            raise ApiError(422, f"the old depth stays: {error}", param="budget")
+        if error is not None:
+            raise ApiError(500, f"the old depth stays: {error}")
+
+    async def _completion(self, request: Request, read: Callable[[Body], Ask]) -> Response:
+        self._check_api(request)
+        async with self._bodies.read(request) as body:
+            ask = read(body)
+            answer = _Answer(self._worker, ask)
+            try:
+                first = await _unless_gone(request, answer.next())
+                return await self._answered(request, answer, first, Form.of(ask, self._name))
+            except BaseException:
+                answer.abandon()
+                raise
+
+    async def _answered(
+        self, request: Request, answer: "_Answer", first: Event, form: Form
+    ) -> Response:
+        if isinstance(first, ApiError):
+            raise first
+        if form.ask.stream:
+            headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+            events = _events(answer, form, first)
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        text, done = await _unless_gone(request, answer.rest(first))
+        return JSONResponse(form.whole(text, done.stopped, done.timings))
+
+    def _check_host(self, request: Request) -> None:
+        self._access.check_host(request.headers.get("Host", ""))
+
+    def _check_api(self, request: Request) -> None:
+        self._check_host(request)
+        self._access.check_api(request.headers.get("Authorization", ""))
+
+    def _model(self) -> Body:
+        return {"id": self._name, "object": "model", "created": 0, "owned_by": "edgekit"}
+
+    def _loaded(self) -> Body:
+        plan = self._worker.session.plan
+        return {
+            "budget_bytes": plan.budget_bytes,
+            "total_bytes": plan.total_bytes,
+            "weights_bytes": plan.depths.weights_bytes,
+            "bits_per_weight": round(plan.bits_per_weight, 4),
+            "expected_kl": plan.expected_kl,
+            "context": plan.context,
+            "kv_type": plan.kv_type,
+            "resident_bytes": held_bytes(),
+        }
+
+
+class _Answer:
+    """The events of one job, awaited in the loop's thread."""
+
+    def __init__(self, worker: Worker, ask: Ask) -> None:
+        loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._job = Job(ask, lambda e: _tell(loop, self._events, e))
+        worker.submit(self._job)
+
+    async def next(self) -> Event:
+        return await self._events.get()
+
+    async def rest(self, first: Event) -> tuple[str, Done]:
+        """All of the text and the end; errors are raised."""
+        pieces, found = list[str](), first
+        while isinstance(found, str):
+            pieces.append(found)
+            found = await self.next()
+        if isinstance(found, ApiError):
+            raise found
+        return "".join(pieces), found
+
+    def abandon(self) -> None:
+        """Nobody waits for it any more."""
+        self._job.is_gone.set()
+
+
+def _tell(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Event]", e: Event) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop ended: the server was told to end at once
+        loop.call_soon_threadsafe(events.put_nowait, e)
+
+
+async def _events(answer: _Answer, form: Form, first: Event) -> AsyncIterator[str]:
+    """The stream; when the client goes away, it is closed here and the job ends."""
+    try:
+        for line in form.first():
+            yield line
+        found = first
+        while isinstance(found, str):
+            yield form.piece(found)
+            found = await answer.next()
+        if isinstance(found, ApiError):  # too late for a status
+            yield event(found.body)
+            return
+        for line in form.last(found.stopped, found.timings):
+            yield line
+    finally:
+        answer.abandon()
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """Await ``work``, or raise `ClientDisconnect` when the client goes away before."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _budget_of(value: object) -> int:
+    """Bytes, a size such as ``900MiB``, or ``auto``."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 62:
+        return value
+    if value == "auto":
+        return auto_budget().n_bytes
+    try:
+        return parse_size(value if isinstance(value, str) else "")
+    except UsageError as error:
+        message = f"'budget' is {value!a:.60}, needs bytes, a size such as '900MiB', or 'auto'"
+        raise ApiError(400, message, param="budget") from error
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
+    return JSONResponse(error.body, error.status, headers.get(error.status))
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path[:80]!a}: {error.detail}"
+    return JSONResponse(ApiError(error.status_code, message).body, error.status_code, error.headers)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    message = f"{type(error).__name__}: {error}; this is a bug, please report it"
+    return JSONResponse(ApiError(500, message).body, 500)
