@@ -23,6 +23,7 @@ from edgekit.exporters.gguf import Gguf, TensorInfo, header_bytes, padded
 from edgekit.exporters.gguf_values import u32
 from edgekit.kernels.ggml import row_bytes
 from edgekit.planner import Depths
+from edgekit.routing.gguf_keys import range_metadata
 from edgekit.stack import Stack
 
 ByteArray = npt.NDArray[np.uint8]
@@ -189,7 +190,8 @@ class Assembly:
             TensorInfo(s.name, s.type_at(self._depths.tier(s.name)), s.shape)
             for s in self._artifact.stacks
         )
-        metadata = base.metadata | {"general.file_type": u32(file_type(tensors))}
+        typed = {"general.file_type": u32(file_type(tensors))}
+        metadata = base.metadata | typed | range_metadata(tensors, base.alignment)
         head = header_bytes(metadata, tensors)
         return Gguf(metadata, tensors, base.alignment, len(head)), head
 

@@ -1,7 +1,7 @@
 """Replay a trace against a cache of experts: any policy, any size.
 
 ``lru``, ``lfu`` and ``belady`` are caches of every layer for itself. ``pool`` is what the loader
-does: one pool of slots for all layers (`edgekit.experts.eviction`). Experts of the token at hand
+does: one pool of slots for all layers (`edgekit.routing.eviction`). Experts of the token at hand
 are never evicted; a cache begins empty and lives on from one sequence to the next.
 """
 
@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.errors import UnknownNameError, UsageError
-from edgekit.experts.eviction import RANKS, Uses, rank, victims
-from edgekit.experts.trace import Ids, Trace
+from edgekit.routing.eviction import RANKS, Uses, rank, victims
+from edgekit.routing.trace import Ids, Trace
 
 Scores = npt.NDArray[np.float64]
 Score = Callable[[Ids, int], npt.NDArray[np.float64]]

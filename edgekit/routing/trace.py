@@ -89,9 +89,7 @@ def trace_of(
     layers = tuple(range(experts.shape[1])) if layers is None else layers
     kind = np.uint8 if n_experts <= 256 else np.uint16
     kept = None if weights is None else weights.astype(np.float16)
-    trace = Trace(
-        experts.astype(kind), n_experts, starts, layers, kept, dict(provenance or {})
-    )
+    trace = Trace(experts.astype(kind), n_experts, starts, layers, kept, dict(provenance or {}))
     if experts.size and not 0 <= experts.min() <= experts.max() < n_experts:
         raise RefusedError(f"a trace has ids up to {experts.max()} for {n_experts} experts")
     _check(trace, "a trace")

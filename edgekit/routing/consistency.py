@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.experts.trace import Ids, Trace
+from edgekit.routing.trace import Ids, Trace
 
 Counts = npt.NDArray[np.int64]
 
@@ -85,7 +85,9 @@ def sch(trace: Trace, segment: int, cache: int) -> tuple[float, ...]:
     n_layers = trace.experts.shape[1]
     sequences = list(trace.sequences())
     return tuple(
-        float(np.mean([_sch_of(ids[:, layer], trace.n_experts, segment, cache) for ids in sequences]))
+        float(
+            np.mean([_sch_of(ids[:, layer], trace.n_experts, segment, cache) for ids in sequences])
+        )
         for layer in range(n_layers)
     )
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.experts.consistency import sch, srp
-from edgekit.experts.replay import POLICIES, hit_rates
-from edgekit.experts.trace import Json, Trace
+from edgekit.routing.consistency import sch, srp
+from edgekit.routing.replay import POLICIES, hit_rates
+from edgekit.routing.trace import Json, Trace
 
 SEGMENTS = (4, 16, 64)  # tokens; 16 is what the paper compares models by
 RHOS = (1, 2, 3)  # caches in units of the experts that a token takes
@@ -33,8 +33,7 @@ def summarize(trace: Trace) -> Json:
         "n_experts": trace.n_experts,
         "n_used": trace.n_used,
         "layers": list(trace.layers),
-        "trace": trace.provenance
-        | {"n_tokens": trace.n_tokens, "n_sequences": len(trace.starts)},
+        "trace": trace.provenance | {"n_tokens": trace.n_tokens, "n_sequences": len(trace.starts)},
         "histogram": _histogram(trace).tolist(),
         "top_share": _top_share(trace),
         "next_token": _successors(token_transitions(trace)),
@@ -91,7 +90,10 @@ def _successors(counts: npt.NDArray[np.int64]) -> list[list[list[list[int]]]]:
     for layer in counts:
         best = np.argsort(-layer, axis=1, kind="stable")[:, :SUCCESSORS]
         rows.append(
-            [[[int(e), int(row[e])] for e in to if row[e]] for row, to in zip(layer, best, strict=True)]
+            [
+                [[int(e), int(row[e])] for e in to if row[e]]
+                for row, to in zip(layer, best, strict=True)
+            ]
         )
     return rows
 

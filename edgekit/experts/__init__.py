@@ -1,1 +1,0 @@
-"""Mixtures of experts: traces of routers, what caches would do with them, and experts on demand."""
