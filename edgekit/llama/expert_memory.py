@@ -111,15 +111,17 @@ class ExpertMemory:
         """What ``llama_model_params.tensor_buft_overrides`` takes."""
         return ctypes.addressof(self._overrides)
 
+    def raise_error(self, cause: BaseException) -> None:
+        """Raise what went wrong here while llama.cpp loaded; it only says that it failed."""
+        if self._error is not None:
+            raise self._error from cause
+
     def check(self, names: Iterable[str]) -> None:
         """Check that every tensor of ``names`` lies here.
 
         Raises:
-            DoesNotFitError: The memory could not be reserved.
             EdgekitError: llama.cpp put one of them elsewhere.
         """
-        if self._error is not None:
-            raise self._error
         missing = sorted(set(names) - set(self.spans))
         if missing:
             raise EdgekitError(
