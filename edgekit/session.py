@@ -13,10 +13,21 @@ from edgekit.devices.memory import auto_budget, held_bytes
 from edgekit.devices.pressure import Reading, read_pressure
 from edgekit.engine import Engine, Settings, Watch
 from edgekit.errors import DoesNotFitError, EdgekitError, MemoryShortError, UsageError
+from edgekit.expert_plan import plan_any
 from edgekit.footprint import PROCESS_BYTES
 from edgekit.governor import Governor, Home
-from edgekit.llama import Context, Generation, Message, Model, Sampling, chat_prompt, generate
-from edgekit.plan import Plan, plan_budget, with_repacking
+from edgekit.llama import (
+    Context,
+    Generation,
+    Message,
+    Model,
+    Sampling,
+    can_page,
+    chat_prompt,
+    generate,
+)
+from edgekit.paging import PagingStats
+from edgekit.plan import Plan, with_repacking
 from edgekit.sizes import format_size
 from edgekit.surrender import surrender
 
@@ -37,6 +48,9 @@ class Wish:
         kv_type: Type of the KV cache.
         follow: Change depth as memory pressure asks for.
         repack: Let llama.cpp lay weights out for its fastest kernels where that fits the budget.
+        expert_cache: Resident experts per layer; ``None`` keeps all where they fit, else as many as
+            fit.
+        pager: Experts may be read when they are chosen; False keeps all resident.
     """
 
     budget: int | None = None
@@ -44,6 +58,8 @@ class Wish:
     kv_type: str = "f16"
     follow: bool = True
     repack: bool = False
+    expert_cache: int | None = None
+    pager: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,7 @@ class Session:
         """
         self.artifact, self._wish, self.changes = artifact, wish, list[Change]()
         self._held = held if held > LARGE_HOST * PROCESS_BYTES else PROCESS_BYTES
+        self._pages = wish.pager and (can_page() or wish.expert_cache is not None)
         self._polled = 0.0
         self._pending: int | None = None
         self._settings = settings or Settings()
@@ -116,6 +133,11 @@ class Session:
     def model(self) -> Model:
         """The model in llama.cpp; another object after each change of depth."""
         return self.context.model
+
+    @property
+    def paging(self) -> PagingStats | None:
+        """Counts of experts on demand since the depth was loaded; ``None`` without them."""
+        return self._engine.pager.stats if self._engine.pager is not None else None
 
     @property
     def has_chat_template(self) -> bool:
@@ -217,7 +239,15 @@ class Session:
 
     def _planned(self, budget: int) -> Plan:
         wish = self._wish
-        plan = plan_budget(self.artifact, budget, wish.context, wish.kv_type, self._held)
+        plan = plan_any(
+            self.artifact,
+            budget,
+            wish.context,
+            wish.kv_type,
+            self._held,
+            expert_cache=wish.expert_cache,
+            pager=self._pages,
+        )
         return with_repacking(self.artifact, plan) if wish.repack else plan
 
     def _governed(self, budget: int, is_cap: bool) -> Governor | None:
@@ -296,7 +326,7 @@ class Session:
     def _kept(self, budget: int, used: int) -> Plan:
         home = self._home_plan
         wished = self._planned(budget) if budget > (home.budget_bytes or budget) else home
-        plan = surrender(self.artifact, wished, self.plan, budget, used)
+        plan = surrender(self.artifact, wished, self.plan, budget, used, pager=self._pages)
         return with_repacking(self.artifact, plan) if self._wish.repack else plan
 
     def _switch(self, plan: Plan, reason: str, watch: Watch | None = None) -> None:

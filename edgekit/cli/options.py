@@ -67,3 +67,10 @@ residency = click.option(
     help="Decode weights into memory (anon), map a file that is kept in the cache (mapped), or map "
     "where the cache has it (auto).",
 )
+expert_cache = click.option(
+    "--expert-cache",
+    type=click.IntRange(min=1),
+    help="Resident experts per layer; the others are read when they are chosen. Default: all where "
+    "they fit, else as many as fit.",
+)
+no_pager = click.option("--no-pager", is_flag=True, help="Keep all experts resident always.")

@@ -143,7 +143,7 @@ class Listener:
         return _read(int(self._state.tensor or 0), np.dtype(np.float32))
 
     def hidden(self, block: int) -> npt.NDArray[np.float32]:
-        """Inside ``chosen``: the residual stream before this block's experts, ``[tokens, width]``."""
+        """Inside ``chosen``: the residual stream before the experts, ``[tokens, width]``."""
         return _read(int(self._hidden[block] or 0), np.dtype(np.float32))
 
     def _on_chosen(self, block: int, n: int) -> int:
@@ -204,5 +204,5 @@ def _read(tensor: int, kind: np.dtype[Any]) -> npt.NDArray[Any]:
     fast, slow, *_ = extents(tensor)
     step = strides(tensor)
     n_bytes = (slow - 1) * step[1] + (fast - 1) * step[0] + kind.itemsize
-    raw = (ctypes.c_uint8 * n_bytes).from_address(data_of(tensor))
+    raw = memoryview((ctypes.c_uint8 * n_bytes).from_address(data_of(tensor))).cast("B")
     return np.ndarray((slow, fast), kind, raw, strides=(step[1], step[0]))

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-
 RANKS = 64  # places among the experts of a token that are told apart
 
 
@@ -42,14 +41,14 @@ class Uses:
 
 
 def victims(
-    uses: Uses, layer: int, kept: npt.NDArray[np.int64], n: int
+    uses: Uses, layer: int, stays: npt.NDArray[np.bool_], n: int
 ) -> Iterator[tuple[int, int]]:
     """The ``n`` experts to evict first while ``layer`` is computed, as (layer, expert).
 
     Args:
         uses: Not changed.
         layer: Whose experts are needed at the moment.
-        kept: Experts of ``layer`` that must stay.
+        stays: bool ``[layers, experts]``: who may not go.
         n: How many; fewer are given where fewer may go.
     """
     n_layers, n_experts = uses.resident.shape
@@ -57,9 +56,7 @@ def victims(
     is_over = np.arange(n_layers) <= layer  # this token is done with them: a token older next time
     freshness = uses.last.astype(np.int64) - RANKS * is_over[:, None]
     worth = freshness * n_layers - until_turn[:, None]
-    may_go = uses.resident.copy()
-    may_go[layer, kept] = False
-    flat = np.flatnonzero(may_go)
+    flat = np.flatnonzero(uses.resident & ~stays)
     if n < len(flat):
         flat = flat[np.argpartition(worth.ravel()[flat], n - 1)[:n]]
     for place in flat[np.argsort(worth.ravel()[flat], kind="stable")]:

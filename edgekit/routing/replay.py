@@ -104,6 +104,7 @@ def _pool_hits(trace: Trace, capacity: int) -> npt.NDArray[np.int64]:
     ranks = np.array([rank(place) for place in range(trace.n_used)])
     slots, n_held = capacity * n_layers, 0
     hits = np.zeros(n_layers, np.int64)
+    stays = np.zeros_like(uses.resident)
     for t, token in enumerate(trace.experts.astype(np.int64)):
         for layer, ids in enumerate(token):
             held = uses.resident[layer, ids]
@@ -112,7 +113,9 @@ def _pool_hits(trace: Trace, capacity: int) -> npt.NDArray[np.int64]:
             uses.resident[layer, ids] = True
             uses.last[layer, ids] = RANKS * (t + 1) + ranks
             if n_held > slots:
-                for row, expert in victims(uses, layer, ids, n_held - slots):
+                stays[layer, ids] = True
+                for row, expert in victims(uses, layer, stays, n_held - slots):
                     uses.resident[row, expert] = False
+                stays[layer, ids] = False
                 n_held = slots
     return hits
