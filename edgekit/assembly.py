@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from threading import Lock
 
@@ -206,5 +206,6 @@ def _view(data: bytes) -> memoryview:
     return memoryview(data)
 
 
+@lru_cache(maxsize=4)
 def _zeros(n_bytes: int) -> memoryview:
     return memoryview(bytes(n_bytes))

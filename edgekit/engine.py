@@ -36,7 +36,7 @@ from edgekit.planner import Depths
 from edgekit.progress import Progress, Silent
 
 _M_MMAP_THRESHOLD, MMAP_THRESHOLD = -3, 128 << 10  # malloc.h; glibc's default to begin with
-DROP_BYTES = 4 << 20  # of zeros that stand for experts, between two times they are dropped
+DROP_BYTES = 32 << 20  # of zeros that stand for experts, between two times they are dropped
 Watch = Callable[[int], None]
 Residency = Literal["auto", "anon", "mapped"]
 RESIDENCIES = ("auto", "anon", "mapped")
@@ -223,7 +223,7 @@ class Engine:
             except BaseException:
                 store.close()
                 raise
-        memory.drop_all()
+        memory.ready()
         readers = threads if isinstance(store, LevelStore) else READERS
         options = PagerOptions(paged.pool_bytes, readers)
         self._pager = Pager(memory, paged.n_experts, store, options)

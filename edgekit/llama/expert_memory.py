@@ -8,7 +8,6 @@ While the model loads, the experts' bytes are zeros that are written and dropped
 pages read as zeros, so nothing is lost.
 """
 
-import contextlib
 import ctypes
 import errno
 import mmap
@@ -27,7 +26,7 @@ NAME = b"CPU_Experts"  # llama.cpp keeps buffer types apart by name
 _GetName = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
 _Allocate = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _Initialize = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
-_MADV_NOHUGEPAGE = 15  # Linux, mman.h
+_MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 14, 15  # Linux, mman.h
 PAGE = mmap.PAGESIZE
 
 
@@ -134,6 +133,15 @@ class ExpertMemory:
         for address, n_bytes in self._maps:
             _madvise(address, n_bytes, mmap.MADV_DONTNEED)
 
+    def ready(self) -> None:
+        """The zeros of the load are over: let them go, and take small pages from now on.
+
+        With huge ones a single expert may take 2 MiB more.
+        """
+        self.drop_all()
+        for address, n_bytes in self._maps:
+            _madvise(address, n_bytes, _MADV_NOHUGEPAGE)
+
     def drop(self, address: int, n_bytes: int) -> None:
         """Let whole pages go; they read as zeros from then on."""
         if n_bytes:
@@ -159,8 +167,7 @@ class ExpertMemory:
             )
             return None
         self._maps.append((address, n_bytes))
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            _madvise(address, n_bytes, _MADV_NOHUGEPAGE)  # else one expert may take 2 MiB
+        _madvise(address, n_bytes, _MADV_HUGEPAGE)  # 4 GiB of zeros take 4 s in small pages
         buffer = ggml().ggml_backend_cpu_buffer_from_ptr(address, n_bytes)
         head = _BufferHead.from_address(buffer)
         if head.free_buffer is None and head.get_base and head.init_tensor is None:
@@ -190,7 +197,7 @@ def _cpu_buffer_type() -> _BufferType:
 def _madvise(address: int, n_bytes: int, advice: int) -> None:
     if _libc().madvise(address, n_bytes, advice):
         number = ctypes.get_errno()
-        if number != errno.EINVAL or advice == mmap.MADV_DONTNEED:
+        if number != errno.EINVAL or advice == mmap.MADV_DONTNEED:  # no huge pages in this kernel
             raise OSError(number, os.strerror(number))
 
 

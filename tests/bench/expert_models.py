@@ -139,7 +139,9 @@ def _block_bytes(random: np.random.Generator, info: TensorInfo, n_parts: int) ->
         return (1 + 0.1 * random.standard_normal(n, np.float32)).tobytes()
     if info.type_name == "F32":
         return (random.standard_normal(n, np.float32) * info.shape[-1] ** -0.5).tobytes()
-    return q4_k_blocks(random, n // Q4_K_WEIGHTS, info.shape[-1]).tobytes()
+    # embeddings of unit order: else the layers' outputs, alike for all tokens, drown them
+    cols = 1 if info.name == "token_embd.weight" else info.shape[-1]
+    return q4_k_blocks(random, n // Q4_K_WEIGHTS, cols).tobytes()
 
 
 def q4_k_blocks(random: np.random.Generator, n: int, cols: int) -> npt.NDArray[np.uint8]:
