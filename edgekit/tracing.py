@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgekit.arch import Mapping, map_checkpoint
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import EdgekitError, UsageError
+from edgekit.llama import Context, Listener, Model, VirtualFile, open_model
 from edgekit.progress import Progress, Silent
 from edgekit.provenance import file_hash
 from edgekit.routing.trace import Json, Trace, trace_of
 from edgekit.samples import CALIBRATION_TEXT
-from edgekit.text import read_text, token_chunks, vocabulary
+from edgekit.text import Ids, read_text, token_chunks, vocabulary
 
 if TYPE_CHECKING:
     from edgekit.float_model import FloatModel
@@ -98,3 +100,59 @@ def _recorded(model: "FloatModel") -> "Iterator[list[tuple[Any, Any]]]":
     finally:
         for handle in handles:
             handle.remove()
+
+
+def trace_model(
+    source: Path | VirtualFile,
+    text: Path | None = None,
+    *,
+    max_chunks: int = MAX_CHUNKS,
+    name: str = "",
+    n_threads: int | None = None,
+    progress: Progress | None = None,
+) -> Trace:
+    """Listen to the routers of a GGUF while llama.cpp reads a text.
+
+    Args:
+        source: A file, or an object that gives its bytes.
+        text, max_chunks, progress: As for `trace_checkpoint`.
+        name: Of the model, for the provenance.
+        n_threads: Of llama.cpp; ``None`` takes the physical cores.
+
+    Raises:
+        UsageError: The model has no experts, or the text is too short.
+    """
+    path, progress = text or CALIBRATION_TEXT, progress or Silent()
+    with open_model(source) as model:
+        header, prefix = model.header, model.header.get("general.architecture")
+        n_experts = int(header.get(f"{prefix}.expert_count", 0) or 0)
+        if not n_experts:
+            raise UsageError(f"{name or source} has no experts, so there is nothing to trace")
+        size = min(CHUNK_TOKENS, model.n_ctx_train)
+        chunks = token_chunks(model, read_text(path), size, max_chunks, str(path))
+        progress.start("trace", len(chunks))
+        runs = []
+        for chunk in chunks:
+            runs.append(_heard(model, chunk, int(header.get(f"{prefix}.block_count")), n_experts))
+            progress.advance(1)
+    layers = tuple(sorted(runs[0]))
+    ids = np.concatenate([np.stack([run[layer] for layer in layers], axis=1) for run in runs])
+    starts = tuple(range(0, chunks.size, chunks.shape[1]))
+    told = {"runtime": "llama.cpp", "model": name or str(source)} | text_facts(path)
+    return trace_of(ids, n_experts, starts, layers, None, told)
+
+
+def _heard(
+    model: Model, ids: Ids, n_blocks: int, n_experts: int
+) -> dict[int, npt.NDArray[np.int32]]:
+    """What each block's router chose for every token, ``[tokens, used]``."""
+    found = dict[int, Any]()
+
+    def keep(block: int, _: Any) -> None:
+        found[block] = listener.topk().copy()
+
+    listener = Listener(n_blocks, n_experts, keep, always=True)
+    n = len(ids)  # logits of all tokens, or the last layer sees only some
+    with Context(model, n, n_batch=n, n_outputs=n, listener=listener) as context:
+        context.decode([int(i) for i in ids], "all")
+    return found

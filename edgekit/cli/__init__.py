@@ -17,6 +17,7 @@ from edgekit.cli.materialize import materialize
 from edgekit.cli.plan import plan
 from edgekit.cli.prune import prune
 from edgekit.cli.run import run
+from edgekit.cli.trace import trace
 from edgekit.errors import EdgekitError
 
 
@@ -102,5 +103,5 @@ def main() -> None:
     """
 
 
-for command in (convert, plan, run, materialize, evaluate, prune, inspect, verify):
+for command in (convert, plan, run, materialize, evaluate, prune, trace, inspect, verify):
     main.add_command(command)
