@@ -35,6 +35,7 @@ setup(
                 for name in (
                     "blocks",
                     "level",
+                    "listener",
                     "nested",
                     "nested_float",
                     "packing",

@@ -5,27 +5,22 @@ chunks being decoded.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from threading import Lock
 
-import numpy as np
-import numpy.typing as npt
-
 from edgekit.artifact import Artifact
-from edgekit.codecs import CODECS
-from edgekit.codecs.chunks import row_ranges, split_frames
+from edgekit.decode import Chunk, Decoder, chunks_of
 from edgekit.exporters.file_types import file_type
 from edgekit.exporters.gguf import Gguf, TensorInfo, header_bytes, padded
 from edgekit.exporters.gguf_values import u32
-from edgekit.kernels.ggml import row_bytes
 from edgekit.planner import Depths
-from edgekit.stack import Stack
+from edgekit.routing.gguf_keys import range_metadata
+from edgekit.stack import Level, Stack
 
-ByteArray = npt.NDArray[np.uint8]
 _NOTHING = memoryview(b"")
 RELEASE_EVERY = 16  # pieces after which the artifact's pages are handed back, some 20 MiB
 
@@ -82,19 +77,6 @@ class Ahead:
         self._pool.shutdown()
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Rows ``[start, stop)`` of one expert, chunk ``index`` of ``n_chunks``, at a depth."""
-
-    stack: Stack
-    depth: int
-    expert: int
-    index: int
-    n_chunks: int
-    start: int
-    stop: int
-
-
 class Assembly:
     """The GGUF of ``artifact`` at ``depths``, readable from any offset; a context manager.
 
@@ -103,12 +85,19 @@ class Assembly:
         gguf: Its header.
     """
 
-    def __init__(self, artifact: Artifact, depths: Depths, n_threads: int = 1) -> None:
-        """Lay the file out; decodes nothing yet."""
+    def __init__(
+        self,
+        artifact: Artifact,
+        depths: Depths,
+        n_threads: int = 1,
+        without: Collection[str] = frozenset(),
+    ) -> None:
+        """Lay the file out; decodes nothing yet. Tensors named in ``without`` are zeros."""
         self._artifact, self._depths, self._n_threads = artifact, depths, n_threads
+        self._without = without
         self.gguf, self._head = self._header()
-        self._payloads = lru_cache(maxsize=64)(self._split)
-        self._locks: dict[tuple[str, int, int], Lock] = {}
+        self._decoder = Decoder(self._part)
+        self._locks: dict[tuple[str, str, int], Lock] = {}
         self._pieces = list(self._lay_out())
         self._offsets = [piece.offset for piece in self._pieces]
         self.size = self._pieces[-1].offset + self._pieces[-1].n_bytes
@@ -127,7 +116,7 @@ class Assembly:
     def close(self) -> None:
         """Let threads and what was decoded ahead go; twice is once."""
         self._ahead.close()
-        self._payloads.cache_clear()
+        self._decoder.forget()
         self._rest = _NOTHING
 
     def read(self, offset: int, n_bytes: int) -> bytes:
@@ -189,47 +178,34 @@ class Assembly:
             TensorInfo(s.name, s.type_at(self._depths.tier(s.name)), s.shape)
             for s in self._artifact.stacks
         )
-        metadata = base.metadata | {"general.file_type": u32(file_type(tensors))}
+        typed = {"general.file_type": u32(file_type(tensors))}
+        metadata = base.metadata | typed | range_metadata(tensors, base.alignment)
         head = header_bytes(metadata, tensors)
         return Gguf(metadata, tensors, base.alignment, len(head)), head
 
     def _chunks(self, stack: Stack, at: int) -> Iterator[Piece]:
-        tier = self._depths.tier(stack.name)
-        depth, row = stack.depth_of(tier), row_bytes(stack.type_at(tier), stack.cols)
-        rows = stack.n_weights // stack.cols // stack.n_experts
-        ranges = row_ranges(rows, stack.cols, self._artifact.manifest.chunk_weights)
+        depth = stack.depth_of(self._depths.tier(stack.name))
+        is_left_out = stack.name in self._without
         for expert in range(stack.n_experts):
-            for index, (start, stop) in enumerate(ranges):
-                chunk = Chunk(stack, depth, expert, index, len(ranges), start, stop)
-                n_bytes = (stop - start) * row
-                yield Piece(at, n_bytes, partial(self._decode, chunk))
-                at += n_bytes
+            for chunk in chunks_of(stack, depth, expert, self._artifact.manifest.chunk_weights):
+                zeros = partial(_zeros, chunk.n_bytes)
+                make = zeros if is_left_out else partial(self._decode, chunk)
+                yield Piece(at, chunk.n_bytes, make)
+                at += chunk.n_bytes
 
     def _decode(self, chunk: Chunk) -> memoryview:
-        """Decode one chunk: its level 0 blocks, lifted level by level."""
-        stack = chunk.stack
-        row = row_bytes(stack.type_at(stack.tiers[0]), stack.cols)
-        raw = self._part(stack, 0, chunk.expert)[chunk.start * row : chunk.stop * row]
-        blocks: ByteArray = np.frombuffer(raw, np.uint8)
-        for depth in range(1, chunk.depth):
-            parent, level = stack.levels[depth - 1 : depth + 1]
-            blocks = CODECS[level.codec].decode_chunk(
-                stack.type_at(parent.tier),
-                stack.type_at(level.tier),
-                blocks,
-                self._payloads(stack.name, depth, chunk.expert, chunk.n_chunks)[chunk.index],
-                (chunk.stop - chunk.start) * stack.cols,
-            )
-        return blocks.data
+        return self._decoder.decode(chunk)
 
-    def _split(self, name: str, depth: int, expert: int, n_chunks: int) -> list[memoryview]:
-        return split_frames(self._part(self._artifact.stack(name), depth, expert), n_chunks)
-
-    def _part(self, stack: Stack, depth: int, expert: int) -> memoryview:
+    def _part(self, level: Level, expert: int) -> memoryview:
         """A part's bytes; one thread takes their hash, others that need them wait for it."""
-        with self._locks.setdefault((stack.name, depth, expert), Lock()):
-            return self._artifact.part(stack.levels[depth], expert)
+        with self._locks.setdefault((level.tensor, level.tier, expert), Lock()):
+            return self._artifact.part(level, expert)
 
 
 def _view(data: bytes) -> memoryview:
     return memoryview(data)
+
+
+@lru_cache(maxsize=4)
+def _zeros(n_bytes: int) -> memoryview:
+    return memoryview(bytes(n_bytes))

@@ -36,6 +36,9 @@ from edgekit.progress import Progress
 from edgekit.provenance import artifact_name, source_files, statistics_json, tool_versions
 from edgekit.publish import Encoded, move_into_place, publish, write_manifest
 from edgekit.reserve import measure_memory
+from edgekit.routing.gguf_keys import expert_metadata
+from edgekit.routing.summary import summarize
+from edgekit.routing.trace import read_trace, write_trace
 from edgekit.sensitivity import (
     HEAD,
     NO_FISHER,
@@ -50,7 +53,7 @@ from edgekit.stack import Level, Part, Stack
 SHARE_OF_SOURCE = 1.02  # an upper bound: an artifact takes 0.94 to 0.97 of a BF16 checkpoint
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: of the K- and IQ-blocks' layouts
 IMATRIX_NAME, FISHER_NAME = "imatrix.gguf", "fisher.npz"
-VOCABULARY_NAME = "vocabulary.gguf"
+VOCABULARY_NAME, TRACE_NAME = "vocabulary.gguf", "trace.npz"
 
 
 def convert(
@@ -139,8 +142,9 @@ class _Conversion:
             if imatrix is not None and self.options.save_imatrix is not None:
                 write_imatrix(imatrix, self.options.save_imatrix)
             fisher = self._fisher()
+            experts = self._experts()
             tensors = self._encode(imatrix, fisher, background)
-            facts = self._facts(imatrix, fisher, hashes.result(), first_command)
+            facts = self._facts(imatrix, fisher, experts, hashes.result(), first_command)
         self._publish(tensors, facts)
 
     def _job(self) -> Json:
@@ -204,6 +208,27 @@ class _Conversion:
             self.progress.note(f"levels are ordered without gradients, by role: {error}")
             return NO_FISHER
 
+    def _experts(self) -> Json:
+        """What routers do; empty without experts or statistics, and where it cannot be had."""
+        if not self.options.statistics or not self.mapping.hyper.n_experts:
+            return {}
+        kept = self.spool.folder / TRACE_NAME
+        if not kept.is_file():
+            from edgekit.tracing import trace_checkpoint
+
+            try:
+                trace = trace_checkpoint(
+                    self.checkpoint,
+                    self.options.calibration,
+                    mapping=self.mapping,
+                    progress=self.progress,
+                )
+            except EdgekitError as error:
+                self.progress.note(f"the routers were not traced: {error}")
+                return {}
+            write_trace(trace, kept)
+        return summarize(read_trace(kept))
+
     def _encode(
         self, imatrix: Imatrix | None, fisher: Fisher, background: ThreadPoolExecutor
     ) -> list[Encoded]:
@@ -235,7 +260,12 @@ class _Conversion:
         return Job(self.options.tiers, self.options.codec, CHUNK_WEIGHTS, weights, sensitivity)
 
     def _facts(
-        self, imatrix: Imatrix | None, fisher: Fisher, hashes: list[Json], command: Sequence[str]
+        self,
+        imatrix: Imatrix | None,
+        fisher: Fisher,
+        experts: Json,
+        hashes: list[Json],
+        command: Sequence[str],
     ) -> Manifest:
         """The manifest without what depends on the files."""
         nothing = FileRecord("", 0, "")
@@ -258,6 +288,7 @@ class _Conversion:
             source=self._source(hashes),
             tool=tool_versions(command),
             statistics=statistics_json(imatrix, fisher),
+            experts=experts,
         )
 
     def _source(self, hashes: list[Json]) -> Json:
@@ -283,7 +314,8 @@ class _Conversion:
             shutil.rmtree(staged)
         staged.mkdir()
         self.progress.start("write", 1)
-        manifest = publish(self.spool, staged, tensors, self.metadata, facts)
+        metadata = self.metadata | expert_metadata(facts.experts)
+        manifest = publish(self.spool, staged, tensors, metadata, facts)
         write_manifest(staged, manifest)
         manifest = replace(manifest, memory=measure_memory(staged, self.progress))
         write_manifest(staged, manifest)

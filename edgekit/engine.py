@@ -24,15 +24,20 @@ from edgekit import cache
 from edgekit.artifact import Artifact
 from edgekit.assembly import Assembly
 from edgekit.errors import EdgekitError, MemoryShortError
+from edgekit.expert_budget import Paged, expert_stacks
 from edgekit.footprint import decoders
-from edgekit.llama import Context, Model, State, open_model
+from edgekit.llama import Context, ExpertMemory, Model, State, open_model
 from edgekit.llama.context import default_threads
 from edgekit.materialize import materialize
+from edgekit.paging import Pager, PagerOptions
+from edgekit.paging.pager import READERS
+from edgekit.paging.store import ExpertStore, FileStore, LevelStore
 from edgekit.plan import Plan, shape_in
 from edgekit.planner import Depths
 from edgekit.progress import Progress, Silent
 
 _M_MMAP_THRESHOLD, MMAP_THRESHOLD = -3, 128 << 10  # malloc.h; glibc's default to begin with
+DROP_BYTES = 32 << 20  # of zeros that stand for experts, between two times they are dropped
 Watch = Callable[[int], None]
 Residency = Literal["auto", "anon", "mapped"]
 RESIDENCIES = ("auto", "anon", "mapped")
@@ -45,11 +50,14 @@ class Settings:
     Attributes:
         n_threads: Of llama.cpp and of decoding; ``None`` takes the physical cores.
         residency: ``anon``, ``mapped``, or ``auto``: mapped where the cache has the file already.
+        prefetch: Read experts of the next layer ahead, guessed by its router, where experts are
+            paged.
         progress: Told how far each load is.
     """
 
     n_threads: int | None = None
     residency: Residency = "auto"
+    prefetch: bool = False
     progress: Progress = field(default_factory=Silent)
 
 
@@ -67,6 +75,7 @@ class Engine:
         self._model: Model | None = None
         self._context: Context | None = None
         self._saved: _Saved | None = None
+        self._pager: Pager | None = None
         self.plan: Plan | None = None
 
     @property
@@ -84,6 +93,11 @@ class Engine:
         if self._context is None:
             raise EdgekitError(f"no depth of {self._artifact.folder} is loaded; load it again")
         return self._context
+
+    @property
+    def pager(self) -> Pager | None:
+        """Of experts; ``None`` where all weights are resident."""
+        return self._pager
 
     @property
     def n_tokens(self) -> int:
@@ -110,7 +124,7 @@ class Engine:
         self._save()
         keeps = before is not None and _weights_of(plan) == _weights_of(before)
         self._free(keep_weights=keeps)
-        n_bytes = 0 if self._model is not None else plan.depths.weights_bytes
+        n_bytes = 0 if self._model is not None else plan.weights_bytes
         try:
             self._open(plan, watch)
         except MemoryShortError:  # what was loaded before would not fit any more either
@@ -156,6 +170,9 @@ class Engine:
             self._context.close()
             self._context = None
         if self._model is not None and not keep_weights:
+            if self._pager is not None:  # its threads write into the model's memory
+                self._pager.close()
+                self._pager = None
             self._model.close()
             self._model = None
         _return_free_memory()
@@ -165,12 +182,19 @@ class Engine:
         if self._model is None:
             self._model = self._opened(plan, threads, watch)
         self._context = Context(
-            self._model, plan.context, n_batch=plan.batch, kv_type=plan.kv_type, n_threads=threads
+            self._model,
+            plan.context,
+            n_batch=plan.batch,
+            kv_type=plan.kv_type,
+            n_threads=threads,
+            listener=self._pager.listener if self._pager is not None else None,
         )
         self.plan = plan
         self._artifact.release()
 
     def _opened(self, plan: Plan, threads: int, watch: Watch | None) -> Model:
+        if plan.paged is not None:
+            return self._opened_paged(plan, plan.paged, threads, watch)
         n_decoders = decoders(shape_in(self._artifact), plan.memory, threads)
         with Assembly(self._artifact, plan.depths, n_decoders) as assembly:
             path = self._cached(plan, assembly.size, n_decoders)
@@ -183,6 +207,39 @@ class Engine:
                 extra_bufts=plan.repack,
                 progress=self._advance(assembly.size),
             )
+
+    def _opened_paged(self, plan: Plan, paged: Paged, threads: int, watch: Watch | None) -> Model:
+        """Dense weights decoded into memory, experts left to a pager."""
+        names = frozenset(stack.name for stack in expert_stacks(self._artifact.stacks))
+        memory = ExpertMemory()
+        n_decoders = decoders(shape_in(self._artifact), plan.memory, threads)
+        with Assembly(self._artifact, plan.depths, n_decoders, without=names) as assembly:
+            store = self._store(plan, assembly, names, n_decoders)
+            try:
+                self._settings.progress.start("load", assembly.size)
+                model = open_model(
+                    _Watched(assembly, watch, memory),
+                    header=assembly.gguf,
+                    progress=self._advance(assembly.size),
+                    experts=memory,
+                )
+            except BaseException:
+                store.close()
+                raise
+        memory.ready()
+        readers = threads if isinstance(store, LevelStore) else READERS
+        options = PagerOptions(paged.pool_bytes, readers)
+        self._pager = Pager(memory, paged.n_experts, store, options)
+        return model
+
+    def _store(
+        self, plan: Plan, assembly: Assembly, names: frozenset[str], n_threads: int
+    ) -> ExpertStore:
+        """Where experts are read: a file in the cache, or the artifact's levels."""
+        path = self._cached(plan, assembly.size, n_threads)
+        if path is not None:
+            return FileStore(path, assembly.gguf, names)
+        return LevelStore(self._artifact, plan.depths)
 
     def _advance(self, n_bytes: int) -> Callable[[float], None]:
         """What llama.cpp tells, a share of everything, as the bytes that came since."""
@@ -214,26 +271,37 @@ class Engine:
 
 
 class _Watched:
-    """A virtual file whose reader is told how far it is."""
+    """A virtual file whose reader is told how far it is.
 
-    def __init__(self, assembly: Assembly, watch: Watch) -> None:
-        self._assembly, self._watch = assembly, watch
-        self.size, self._n_read = assembly.size, 0
+    The zeros that stand for experts are dropped again every so often, or a load would need the
+    memory of all of them.
+    """
+
+    def __init__(
+        self, assembly: Assembly, watch: Watch | None, experts: ExpertMemory | None = None
+    ) -> None:
+        self._assembly, self._watch, self._experts = assembly, watch, experts
+        self.size, self._n_read, self._n_kept = assembly.size, 0, 0
 
     def read(self, offset: int, n: int) -> bytes:
         buffer = bytearray(n)
         return bytes(buffer[: self.readinto(offset, memoryview(buffer))])
 
     def readinto(self, offset: int, buffer: memoryview) -> int:
-        self._watch(self._n_read)
+        if self._watch is not None:
+            self._watch(self._n_read)
         n = self._assembly.readinto(offset, buffer)
         self._n_read += n
+        self._n_kept += n
+        if self._experts is not None and self._n_kept > DROP_BYTES:
+            self._n_kept = 0
+            self._experts.drop_all()
         return n
 
 
-def _weights_of(plan: Plan) -> tuple[Depths, bool]:
+def _weights_of(plan: Plan) -> tuple[Depths, bool, Paged | None]:
     """What makes two plans differ in what is loaded, contexts aside."""
-    return plan.depths, plan.repack
+    return plan.depths, plan.repack, plan.paged
 
 
 class _Saved:

@@ -44,6 +44,7 @@ def _artifact(artifact: Artifact) -> Json:
         "tool": m.tool,
         "model": m.model,
         "quality": list(m.quality),
+        "experts": m.experts,
         "stored": _stored(artifact),
         "levels": [
             _level(level) | {"here": (level.tensor, level.tier) in here}

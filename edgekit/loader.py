@@ -23,6 +23,8 @@ def load(
     residency: Residency = "auto",
     follow: bool = True,
     repack: bool = False,
+    expert_cache: int | None = None,
+    pager: bool = True,
     progress: Progress | None = None,
     besides: int = 0,
 ) -> Iterator[Session]:
@@ -39,6 +41,9 @@ def load(
         follow: Change depth as memory pressure asks for.
         repack: Let llama.cpp lay weights out for its fastest kernels where that fits the budget
             too; the weights are decoded into memory then.
+        expert_cache: Resident experts per layer; the others are read when they are chosen.
+            ``None`` keeps all where they fit, else as many as fit.
+        pager: False keeps all experts resident.
         progress: Told how far each load is.
         besides: Bytes that the caller will take besides the model, within the budget.
 
@@ -53,8 +58,8 @@ def load(
     system_info()  # llama.cpp's libraries are part of what the process holds
     held = held_bytes()
     with open_artifact(Path(path), remember=True) as artifact:
-        wish = Wish(budget, context, kv_type, follow, repack, besides)
-        settings = Settings(n_threads, residency, progress or Silent())
+        wish = Wish(budget, context, kv_type, follow, repack, besides, expert_cache, pager)
+        settings = Settings(n_threads, residency, progress=progress or Silent())
         session = Session(artifact, wish, settings, held)
         try:
             yield session

@@ -23,6 +23,7 @@ from edgekit.manifest import (
     Order,
     self_hash,
 )
+from edgekit.routing.facts import check_experts
 from edgekit.stack import SOURCE, Level, Part, Stack
 
 BASE_CODEC = "ggml"  # level 0 is plain blocks
@@ -93,7 +94,7 @@ def _from_json(body: Json) -> Manifest:
         tool=_get(body, "tool", dict),
         statistics=_get(body, "statistics", dict),
         quality=tuple(_quality(row) for row in _rows(body, "quality")),
-        experts=_get(body, "experts", dict),
+        experts=check_experts(_get(body, "experts", dict)),
         memory=_memory(_get({"memory": {}} | body, "memory", dict)),
     )
     _check(manifest)

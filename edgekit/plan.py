@@ -7,6 +7,7 @@ from itertools import accumulate
 
 from edgekit.catalog import Catalog
 from edgekit.errors import DoesNotFitError, UsageError
+from edgekit.expert_budget import Paged, SomeResident, paged_json
 from edgekit.footprint import BATCHES, Memory, Shape, memory_of, shape_of
 from edgekit.manifest import Json
 from edgekit.planner import Depths, fill, resident_bytes, tier_at, uniform
@@ -37,6 +38,7 @@ class Plan:
             ``None`` where it measured nothing.
         held_bytes: What the process held before; ``None`` where a usual one was assumed.
         repack: llama.cpp may lay weights out for its fastest kernels; counted in ``memory``.
+        paged: Experts on demand; ``None`` where all weights are resident.
     """
 
     budget_bytes: int | None
@@ -49,11 +51,17 @@ class Plan:
     expected_kl: float | None
     held_bytes: int | None = None
     repack: bool = False
+    paged: Paged | None = None
+
+    @property
+    def weights_bytes(self) -> int:
+        """Weights in memory: all of them, or without the experts that wait on disk."""
+        return self.depths.weights_bytes - (self.paged.saved_bytes if self.paged else 0)
 
     @property
     def total_bytes(self) -> int:
         """Weights and everything else."""
-        return self.depths.weights_bytes + self.memory.total
+        return self.weights_bytes + self.memory.total
 
 
 def shape_in(catalog: Catalog) -> Shape:
@@ -86,18 +94,43 @@ def plan_budget(
     n_tokens = context_of(shape, context)
     lowest = uniform(catalog.stacks, lambda stack: stack.tiers[0]).weights_bytes
     highest = uniform(catalog.stacks, lambda stack: stack.tiers[-1]).weights_bytes
-    for batch in BATCHES:
-        memory = memory_of(shape, n_tokens, kv_type, batch, held)
-        is_small = memory.compute_bytes <= COMPUTE_SHARE * budget_bytes
-        if (lowest if is_small else highest) + memory.total <= budget_bytes:
-            break
+    batch, memory = batch_and_memory(
+        shape, n_tokens, kv_type, held, (lowest, highest), budget_bytes
+    )
     if lowest + memory.total > budget_bytes:
         needs = {n: memory_of(shape, n, kv_type, batch, held).total for n in _shorter(n_tokens)}
         raise DoesNotFitError(_too_small(lowest, memory, budget_bytes, n_tokens, needs))
     order = catalog.order(catalog.manifest.resident_order)
     depths = fill(catalog.stacks, order, budget_bytes - memory.total)
-    plan = _plan(catalog, depths, memory, budget_bytes, n_tokens, batch, kv_type)
+    plan = plan_of(catalog, depths, memory, budget_bytes, n_tokens, batch, kv_type)
     return replace(plan, held_bytes=held)
+
+
+def batch_and_memory(
+    shape: Shape,
+    n_tokens: int,
+    kv_type: str,
+    held: int | None,
+    weights: tuple[int, int],
+    budget_bytes: int,
+) -> tuple[int, Memory]:
+    """The largest batch whose compute buffers are small, or fit beside the most weights.
+
+    Args:
+        shape, n_tokens, kv_type, held: As for `memory_of`.
+        weights: The least and the most bytes of weights there may be.
+        budget_bytes: For the whole process.
+
+    Returns:
+        The batch and what is needed besides weights; the smallest where none fits.
+    """
+    lowest, highest = weights
+    for batch in BATCHES:
+        memory = memory_of(shape, n_tokens, kv_type, batch, held)
+        is_small = memory.compute_bytes <= COMPUTE_SHARE * budget_bytes
+        if (lowest if is_small else highest) + memory.total <= budget_bytes:
+            break
+    return batch, memory
 
 
 def with_repacking(catalog: Catalog, plan: Plan) -> Plan:
@@ -106,6 +139,8 @@ def with_repacking(catalog: Catalog, plan: Plan) -> Plan:
     Repacking is in place but for two things: a tensor is held twice while it is repacked, and an
     embedding that is the output head as well stays in both forms.
     """
+    if plan.paged is not None:  # repacked weights lie elsewhere
+        return plan
     sizes = {s.name: resident_bytes(s, plan.depths.tier(s.name)) for s in catalog.stacks}
     twice = 0 if OUTPUT in sizes else sizes.get(EMBEDDING, 0)
     loading = max(0, max(sizes.values()) - plan.memory.kv_bytes - plan.memory.compute_bytes)
@@ -140,10 +175,10 @@ def _unlimited(catalog: Catalog, depths: Depths) -> Plan:
     shape = shape_in(catalog)
     context = context_of(shape, None)
     memory = memory_of(shape, context, "f16")
-    return _plan(catalog, depths, memory, None, context, BATCHES[0], "f16")
+    return plan_of(catalog, depths, memory, None, context, BATCHES[0], "f16")
 
 
-def _plan(
+def plan_of(
     catalog: Catalog,
     depths: Depths,
     memory: Memory,
@@ -152,6 +187,7 @@ def _plan(
     batch: int,
     kv_type: str,
 ) -> Plan:
+    """The plan with what follows from its depths."""
     bits = 8 * depths.weights_bytes / catalog.manifest.n_parameters
     kl = expected_kl(catalog.manifest.quality, depths.weights_bytes)
     return Plan(budget_bytes, context, batch, kv_type, memory, depths, bits, kl)
@@ -224,12 +260,10 @@ def expected_kl(quality: Sequence[Json], weights_bytes: int) -> float | None:
 
 def plan_json(catalog: Catalog, plan: Plan) -> Json:
     """The plan as one JSON object; sizes in bytes."""
+    size = SomeResident(plan.paged.experts_per_layer) if plan.paged else resident_bytes
+    tiers = {s.name: plan.depths.tier(s.name) for s in catalog.stacks}
     tensors = [
-        {
-            "name": s.name,
-            "tier": plan.depths.tier(s.name),
-            "bytes": resident_bytes(s, plan.depths.tier(s.name)),
-        }
+        {"name": s.name, "tier": tiers[s.name], "bytes": size(s, tiers[s.name])}
         for s in catalog.stacks
     ]
     return {
@@ -239,12 +273,13 @@ def plan_json(catalog: Catalog, plan: Plan) -> Json:
         "batch": plan.batch,
         "kv_type": plan.kv_type,
         "repack": plan.repack,
-        "weights_bytes": plan.depths.weights_bytes,
+        "weights_bytes": plan.weights_bytes,
         "kv_bytes": plan.memory.kv_bytes,
         "compute_bytes": plan.memory.compute_bytes,
         "overhead_bytes": plan.memory.overhead_bytes,
         "total_bytes": plan.total_bytes,
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "expected_kl": plan.expected_kl,
+        "experts": paged_json(plan.paged) if plan.paged else None,
         "tensors": tensors,
     }

@@ -16,6 +16,7 @@ from edgekit.manifest import Order
 from edgekit.sizes import format_size
 from edgekit.stack import SOURCE, Level, Stack
 
+ResidentBytes = Callable[[Stack, str], int]  # bytes in memory at a tier
 LevelBytes = Callable[[Stack, int], int]  # cost in bytes of going from depth to depth + 1
 
 
@@ -130,18 +131,29 @@ def uniform(stacks: Sequence[Stack], tier_of: Callable[[Stack], str]) -> Depths:
     return Depths(tiers, sum(resident_bytes(stack, tiers[stack.name]) for stack in stacks))
 
 
-def fill(stacks: Sequence[Stack], order: Order, weights_bytes: int) -> Depths:
+def fill(
+    stacks: Sequence[Stack],
+    order: Order,
+    weights_bytes: int,
+    resident: ResidentBytes = resident_bytes,
+) -> Depths:
     """The depths that ``order`` reaches within ``weights_bytes`` of memory for weights.
 
     Levels that no longer fit are passed over, together with those that stand on them; a later,
     smaller level of another tensor may still fit.
+
+    Args:
+        stacks: All tensors.
+        order: Over the levels above 0.
+        weights_bytes: For all of them.
+        resident: Bytes in memory of a tensor at a tier.
 
     Raises:
         DoesNotFitError: Not even level 0 of every tensor fits.
     """
     by_name = {stack.name: stack for stack in stacks}
     depth = dict.fromkeys(by_name, 0)
-    left = weights_bytes - uniform(stacks, lambda stack: stack.tiers[0]).weights_bytes
+    left = weights_bytes - sum(resident(stack, stack.tiers[0]) for stack in stacks)
     if left < 0:
         raise DoesNotFitError(
             f"weights need {format_size(weights_bytes - left)} at the lowest depth, the budget "
@@ -152,7 +164,8 @@ def fill(stacks: Sequence[Stack], order: Order, weights_bytes: int) -> Depths:
         stack = by_name[name]
         if depth[name] + 1 >= len(stack.tiers) or stack.tiers[depth[name] + 1] != tier:
             continue  # its parent was passed over
-        cost = resident_step(stack, depth[name] + 1)
+        tiers = stack.tiers[depth[name] : depth[name] + 2]
+        cost = resident(stack, tiers[1]) - resident(stack, tiers[0])
         if cost <= left:
             left -= cost
             depth[name] += 1

@@ -31,14 +31,18 @@ def source_files(checkpoint: Checkpoint) -> list[Json]:
         path = contained(checkpoint.folder, entry.name) if entry.suffix in SUFFIXES else None
         if path is None:
             continue
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        rows.append(
-            {"name": entry.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-        )
+        size = path.stat().st_size
+        rows.append({"name": entry.name, "bytes": size, "sha256": file_hash(path)})
     return rows
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def tool_versions(command: Sequence[str]) -> Json:

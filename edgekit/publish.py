@@ -15,6 +15,7 @@ from edgekit.exporters.gguf import TensorInfo, header_bytes, padded, tensor_offs
 from edgekit.exporters.gguf_values import Value, u32
 from edgekit.manifest import MANIFEST_NAME, FileRecord, Manifest, dumps
 from edgekit.planner import load_order, resident_step, stored_step
+from edgekit.routing.gguf_keys import range_metadata
 from edgekit.spool import Spool, TensorRecord, write_atomically
 from edgekit.stack import SOURCE, Level, Part, Stack
 
@@ -137,7 +138,8 @@ def _write_base(
     codec: str,
 ) -> tuple[bytes, tuple[Stack, ...]]:
     infos = [TensorInfo(t.record.name, t.type_at(0), t.shape) for t in tensors]
-    header = header_bytes(metadata | {"general.file_type": u32(file_type(infos))}, infos)
+    typed = {"general.file_type": u32(file_type(infos))} | range_metadata(infos, ALIGNMENT)
+    header = header_bytes(metadata | typed, infos)
     out.write(header)
     stacks = []
     for tensor, offset in zip(tensors, tensor_offsets(infos, ALIGNMENT), strict=True):

@@ -20,10 +20,21 @@ from edgekit.errors import (
     TooLongError,
     UsageError,
 )
+from edgekit.expert_plan import plan_any
 from edgekit.footprint import PROCESS_BYTES
 from edgekit.governor import Governor, Home
-from edgekit.llama import Context, Generation, Message, Model, Sampling, chat_prompt, generate
-from edgekit.plan import Plan, plan_budget, with_repacking
+from edgekit.llama import (
+    Context,
+    Generation,
+    Message,
+    Model,
+    Sampling,
+    can_page,
+    chat_prompt,
+    generate,
+)
+from edgekit.paging import PagingStats
+from edgekit.plan import Plan, with_repacking
 from edgekit.sizes import format_size
 from edgekit.surrender import surrender
 
@@ -46,6 +57,9 @@ class Wish:
         follow: Change depth as memory pressure asks for.
         repack: Let llama.cpp lay weights out for its fastest kernels where that fits the budget.
         besides: Bytes that the caller will take besides the model, within the budget.
+        expert_cache: Resident experts per layer; ``None`` keeps all where they fit, else as many as
+            fit.
+        pager: Experts may be read when they are chosen; False keeps all resident.
     """
 
     budget: int | None = None
@@ -54,6 +68,8 @@ class Wish:
     follow: bool = True
     repack: bool = False
     besides: int = 0
+    expert_cache: int | None = None
+    pager: bool = True
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,7 @@ class Session:
         self.artifact, self._wish, self.changes = artifact, wish, list[Change]()
         self._held = held if held > LARGE_HOST * PROCESS_BYTES else PROCESS_BYTES
         self._held += wish.besides
+        self._pages = wish.pager and (can_page() or wish.expert_cache is not None)
         self._polled = 0.0
         self._pending: deque[tuple[int, Told | None]] = deque()
         self._settings = settings or Settings()
@@ -132,6 +149,11 @@ class Session:
     def model(self) -> Model:
         """The model in llama.cpp; another object after each change of depth."""
         return self.context.model
+
+    @property
+    def paging(self) -> PagingStats | None:
+        """Counts of experts on demand since the depth was loaded; ``None`` without them."""
+        return self._engine.pager.stats if self._engine.pager is not None else None
 
     @property
     def has_chat_template(self) -> bool:
@@ -268,7 +290,15 @@ class Session:
 
     def _planned(self, budget: int) -> Plan:
         wish = self._wish
-        plan = plan_budget(self.artifact, budget, wish.context, wish.kv_type, self._held)
+        plan = plan_any(
+            self.artifact,
+            budget,
+            wish.context,
+            wish.kv_type,
+            self._held,
+            expert_cache=wish.expert_cache,
+            pager=self._pages,
+        )
         return with_repacking(self.artifact, plan) if wish.repack else plan
 
     def _governed(self, budget: int, is_cap: bool) -> Governor | None:
@@ -343,7 +373,7 @@ class Session:
     def _kept(self, budget: int, used: int) -> Plan:
         home = self._home_plan
         wished = self._planned(budget) if budget > (home.budget_bytes or budget) else home
-        plan = surrender(self.artifact, wished, self.plan, budget, used)
+        plan = surrender(self.artifact, wished, self.plan, budget, used, pager=self._pages)
         return with_repacking(self.artifact, plan) if self._wish.repack else plan
 
     def _switch(self, plan: Plan, reason: str, watch: Watch | None = None) -> None:

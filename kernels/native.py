@@ -11,6 +11,7 @@ import os
 import threading
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from edgekit.kernels.ggml import TYPES, ByteArray
 from edgekit.kernels.nested_ref import FLOAT_STREAMS, FLOATS, n_streams
 from edgekit.kernels.packing_ref import Level, Packed, digit_bytes
 
-ABI = 2  # as in level.c: a library left over from other sources is not used
+ABI = 3  # as in level.c: a library left over from other sources is not used
 BAD_PATCH = 200  # as in level.c
 _Pointer, _Size, _Int = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
@@ -62,12 +63,19 @@ def _load() -> "Native | None":
     return None
 
 
+def listener_function() -> Any:
+    """``listener_eval`` of listener.c, or None where nothing is compiled."""
+    kernels = native()
+    return None if kernels is None else kernels.listener_function
+
+
 class Native:
     """The functions of level.c, with numpy arrays in and out."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         """Declare the functions of a loaded library."""
         self._library = library
+        self.listener_function = library.listener_eval
         self._thread = threading.local()
         for name in ("encode", "decode"):
             getattr(library, f"nested_{name}").argtypes = [_Int, _Int, _Size, *[_Pointer] * 4]

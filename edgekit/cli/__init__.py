@@ -19,6 +19,7 @@ from edgekit.cli.prune import prune
 from edgekit.cli.pull import pull
 from edgekit.cli.run import run
 from edgekit.cli.serve import serve
+from edgekit.cli.trace import trace
 from edgekit.errors import EdgekitError
 
 
@@ -104,5 +105,6 @@ def main() -> None:
     """
 
 
-for command in (convert, plan, run, serve, pull, materialize, evaluate, prune, inspect, verify):
+COMMANDS = (convert, plan, run, serve, pull, materialize, evaluate, prune, trace, inspect, verify)
+for command in COMMANDS:
     main.add_command(command)

@@ -98,7 +98,7 @@ class Chat:
         plan = self.session.plan
         note(
             f"{plan.bits_per_weight:.2f} bits per weight, "
-            f"{format_size(plan.depths.weights_bytes)} of weights, {format_size(plan.total_bytes)} "
+            f"{format_size(plan.weights_bytes)} of weights, {format_size(plan.total_bytes)} "
             f"in all, context {plan.context}, {plan.kv_type} cache"
         )
 

@@ -7,6 +7,7 @@ import click
 
 from edgekit.cli import options
 from edgekit.cli.console import note, print_json, print_table
+from edgekit.cli.experts import print_experts
 from edgekit.errors import RefusedError
 from edgekit.sizes import format_size
 
@@ -34,6 +35,8 @@ def inspect(path: Path, as_json: bool, verbose: bool) -> None:
     for name, columns, rows in _tables(body):
         if rows:
             print_table(name, columns, rows)
+    if body.get("experts"):
+        print_experts(body["experts"])
 
 
 def _tables(body: dict[str, Any]) -> list[tuple[str, tuple[str, ...], Rows]]:

@@ -81,3 +81,10 @@ repack = click.option(
 threads = click.option(
     "--threads", type=click.IntRange(1, 512), help="Threads; default: physical cores."
 )
+expert_cache = click.option(
+    "--expert-cache",
+    type=click.IntRange(min=1),
+    help="Resident experts per layer; the others are read when they are chosen. Default: all where "
+    "they fit, else as many as fit.",
+)
+no_pager = click.option("--no-pager", is_flag=True, help="Keep all experts resident always.")

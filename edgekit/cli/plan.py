@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,6 +16,8 @@ from edgekit.sizes import format_size
 @options.budget_auto
 @options.context
 @options.kv_type
+@options.expert_cache
+@options.no_pager
 @options.as_json
 @options.verbose
 def plan(
@@ -22,6 +25,8 @@ def plan(
     budget: int | None,
     context: int | None,
     kv_type: str,
+    expert_cache: int | None,
+    no_pager: bool,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -31,7 +36,8 @@ def plan(
         edgekit plan llama-edge --budget 1.2GiB --context 2048
     """
     from edgekit.catalog import open_catalog
-    from edgekit.plan import plan_budget, plan_json
+    from edgekit.expert_plan import plan_any
+    from edgekit.plan import plan_json
 
     catalog = open_catalog(artifact)
     if budget is None:
@@ -40,7 +46,10 @@ def plan(
         found = auto_budget()
         budget = found.n_bytes
         note(f"budget {format_size(budget)}: {found.source}")
-    body = plan_json(catalog, plan_budget(catalog, budget, context, kv_type))
+    found_plan = plan_any(
+        catalog, budget, context, kv_type, expert_cache=expert_cache, pager=not no_pager
+    )
+    body = plan_json(catalog, found_plan)
     if as_json:
         print_json(body)
         return
@@ -52,8 +61,25 @@ def plan(
         weights[tensor["tier"]] += tensor["bytes"]
     tiers = [(tier, format_size(n)) for tier, n in weights.most_common()]
     print_table("Weights by tier", ("tier", "bytes"), tiers)
+    if body["experts"]:
+        _tell_experts(body["experts"])
     kl = body["expected_kl"]
     quality = (
         f"expected KL to the source {kl:.4g}" if kl is not None else "quality was not measured"
     )
     note(f"{body['bits_per_weight']:.2f} bits per weight; {quality}")
+
+
+def _tell_experts(experts: dict[str, Any]) -> None:
+    """What of the experts is resident, and what a token is expected to read."""
+    rate, n_bytes = experts["expected_hit_rate"], experts["bytes_read_per_token"]
+    expected = (
+        f"expected hit rate {rate:.0%}, {format_size(n_bytes)} read per token"
+        if rate is not None
+        else "no trace tells the hit rate"
+    )
+    pool, whole = format_size(experts["pool_bytes"]), format_size(experts["experts_bytes"])
+    note(
+        f"{experts['experts_per_layer']} of {experts['n_experts']} experts per layer are resident: "
+        f"{pool} of {whole}; {expected}"
+    )

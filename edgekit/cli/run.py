@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 @options.residency
 @options.follow
 @options.repack
+@options.expert_cache
+@options.no_pager
 @options.threads
 @options.as_json
 @options.verbose
@@ -69,6 +71,8 @@ def run(
     residency: Any,
     follow: bool,
     repack: bool,
+    expert_cache: int | None,
+    no_pager: bool,
     threads: int | None,
     as_json: bool,
     verbose: bool,
@@ -96,7 +100,17 @@ def run(
     with (
         progress_bars() as progress,
         load(
-            artifact, budget, context, kv_type, threads, residency, follow, repack, progress
+            artifact,
+            budget,
+            context,
+            kv_type,
+            threads,
+            residency,
+            follow,
+            repack,
+            expert_cache,
+            not no_pager,
+            progress,
         ) as session,
     ):
         child.needs(session.plan.total_bytes, session.plan.budget_bytes or 0)
@@ -137,7 +151,7 @@ def tell_loaded(session: "Session") -> None:
     """One line about what was loaded."""
     plan = session.plan
     note(
-        f"loaded {format_size(plan.depths.weights_bytes)} of weights at "
+        f"loaded {format_size(plan.weights_bytes)} of weights at "
         f"{plan.bits_per_weight:.2f} bits per weight in {session.load_seconds:.2f} s; "
         f"total {format_size(plan.total_bytes)} planned"
     )
@@ -150,6 +164,12 @@ def _tell_times(generation: "Generation") -> None:
         f"{times.n_prompt} prompt tokens at {times.prompt_tokens_per_second:.1f}/s, "
         f"{times.n_gen} tokens at {times.gen_tokens_per_second:.1f}/s"
     )
+
+
+def _paging(session: "Session") -> dict[str, Any] | None:
+    """Counts of experts on demand."""
+    stats = session.paging
+    return None if stats is None else asdict(stats) | {"hit_rate": round(stats.hit_rate, 4)}
 
 
 def _report(session: "Session", generation: "Generation", text: str) -> dict[str, Any]:
@@ -166,6 +186,7 @@ def _report(session: "Session", generation: "Generation", text: str) -> dict[str
         "gen_tokens_per_second": round(times.gen_tokens_per_second, 2),
         "load_seconds": round(session.load_seconds, 3),
         "peak_rss_bytes": peak_rss_bytes(),
+        "experts": _paging(session),
         "changes": [asdict(change) for change in session.changes],
         "plan": plan_json(session.artifact, session.plan),
     }

@@ -98,8 +98,8 @@ def serve(
             residency,
             follow,
             repack,
-            progress,
-            server_bytes(context or DEFAULT_CONTEXT),
+            progress=progress,
+            besides=server_bytes(context or DEFAULT_CONTEXT),
         ) as session,
     ):
         child.needs(session.plan.total_bytes, session.plan.budget_bytes or 0)

@@ -7,14 +7,18 @@ the callbacks, and allocates scores of context x vocabulary.
 from edgekit.llama.binding import capture_log, system_info
 from edgekit.llama.chat import Message, apply_chat_template, chat_prompt
 from edgekit.llama.context import KV_TYPES, Context, State
+from edgekit.llama.expert_memory import ExpertMemory, can_page
 from edgekit.llama.generation import Generation, Sampling, Timings, generate
+from edgekit.llama.listener import Listener
 from edgekit.llama.model import Model, Residency, open_model
 from edgekit.llama.stream import MemoryFile, VirtualFile, has_fopencookie
 
 __all__ = [
     "KV_TYPES",
     "Context",
+    "ExpertMemory",
     "Generation",
+    "Listener",
     "MemoryFile",
     "Message",
     "Model",
@@ -24,6 +28,7 @@ __all__ = [
     "Timings",
     "VirtualFile",
     "apply_chat_template",
+    "can_page",
     "capture_log",
     "chat_prompt",
     "generate",

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from edgekit.errors import DoesNotFitError, EdgekitError, UnknownNameError, UsageError
 from edgekit.llama.binding import LOG, binding
+from edgekit.llama.listener import Listener
 from edgekit.llama.model import Model
 
 Logits = npt.NDArray[np.float32]
@@ -59,6 +60,7 @@ class Context:
         n_threads: int | None = None,
         n_outputs: int = 1,
         flash_attention: bool | None = None,
+        listener: Listener | None = None,
     ) -> None:
         """Allocate the cache and the compute buffers.
 
@@ -72,6 +74,7 @@ class Context:
                 per token of the vocabulary in the compute buffers.
             flash_attention: ``None`` lets llama.cpp choose: on where it can. On the CPU it sums in
                 float16, which moves logits by about 1e-3 of their size with the batch's shape.
+            listener: Hears routers; what it raises comes out of `decode`.
 
         Raises:
             UsageError: An argument is out of range.
@@ -84,6 +87,10 @@ class Context:
         params = _context_params(n_ctx, self.n_batch, kv_type, threads, self.n_outputs)
         if flash_attention is not None:
             params.flash_attn_type = int(flash_attention)
+        self._listener = listener
+        if listener is not None:
+            params.cb_eval = type(params.cb_eval)(listener.function)
+            params.cb_eval_user_data = listener.user_data
         LOG.clear()
         self._handle = binding().llama_init_from_model(model.handle, params)
         if not self._handle:
@@ -154,7 +161,8 @@ class Context:
 
         Raises:
             UsageError: No tokens, an unknown id, no room, or more logits than ``n_outputs`` allows.
-            EdgekitError: llama.cpp failed; the tokens decoded before the failing batch stay.
+            EdgekitError: llama.cpp failed, or the listener did; the tokens decoded before the
+                failing batch stay.
         """
         wanted = self._wanted(tokens, logits)
         out = np.empty((int(wanted.sum()), self.model.vocab.n_tokens), np.float32)
@@ -192,6 +200,7 @@ class Context:
         batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
         LOG.clear()
         status = lib.llama_decode(self.handle, batch)
+        self._raise_heard()
         if status != 0:
             raise EdgekitError(f"llama.cpp failed to decode ({status}): {LOG.reason()}")
         self.tokens += [int(token) for token in tokens]
@@ -202,6 +211,15 @@ class Context:
         assert address is not None
         flat = (ctypes.c_float * (n * n_vocab)).from_address(address)
         return np.ctypeslib.as_array(flat).reshape(n, n_vocab)
+
+    def _raise_heard(self) -> None:
+        """Raise what the listener ended the graph for; the batch's tokens are forgotten."""
+        error = self._listener.error if self._listener is not None else None
+        if error is not None and self._listener is not None:
+            self._listener.error = None
+            memory = binding().llama_get_memory(self.handle)
+            binding().llama_memory_seq_rm(memory, 0, len(self.tokens), -1)
+            raise error
 
     def save(self) -> State:
         """Copy the conversation out; it restores under any tier of the same architecture."""

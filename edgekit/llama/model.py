@@ -16,6 +16,7 @@ from edgekit.errors import EdgekitError, UnsupportedError, UsageError
 from edgekit.exporters.gguf import Gguf, read_header, tensor_offsets
 from edgekit.exporters.normalizers import TextNormalizer
 from edgekit.llama.binding import LOG, binding
+from edgekit.llama.expert_memory import ExpertMemory
 from edgekit.llama.stream import CookieFile, VirtualFile, has_fopencookie
 
 Residency = Literal["mapped", "anon"]
@@ -55,11 +56,11 @@ class Model:
         weights_bytes: Bytes of all tensors as llama.cpp counts them.
     """
 
-    def __init__(self, handle: int, header: Gguf, cookie: CookieFile | None = None) -> None:
-        """Take over ``handle``; `close` frees it."""
+    def __init__(self, handle: int, header: Gguf, memory: ExpertMemory | None = None) -> None:
+        """Take over ``handle``, and the memory that its experts lie in; `close` frees both."""
         lib = binding()
         self._handle: int | None = handle
-        self._cookie = cookie
+        self._memory = memory
         self._contexts: weakref.WeakSet[Closable] = weakref.WeakSet()
         self.header = header
         self._normalized = TextNormalizer(header.metadata)
@@ -102,9 +103,9 @@ class Model:
         if self._handle is not None:
             binding().llama_model_free(self._handle)
             self._handle = None
-        if self._cookie is not None:
-            self._cookie.close()
-            self._cookie = None
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
 
     def tokenize(
         self, text: str, *, add_special: bool = True, parse_special: bool = False
@@ -186,6 +187,7 @@ def open_model(
     no_alloc: bool = False,
     header: Gguf | None = None,
     progress: Progress | None = None,
+    experts: ExpertMemory | None = None,
 ) -> Model:
     """Load a model on the CPU.
 
@@ -201,6 +203,7 @@ def open_model(
             vocabulary again costs a second.
         progress: Called before every tensor with the share of bytes done; an exception it raises
             cancels the load and arrives at the caller.
+        experts: Where the tensors of experts are put; closed with the model.
 
     Raises:
         RefusedError: The header is corrupt; UnsupportedError: one part of a split model.
@@ -217,12 +220,41 @@ def open_model(
     params.n_gpu_layers = 0
     params.use_extra_bufts, params.vocab_only = extra_bufts, vocab_only
     params.no_alloc = no_alloc
+    if experts is not None:
+        params.tensor_buft_overrides = experts.overrides
+        return _load_paged(source, header, params, progress, experts)
     if isinstance(source, Path):
         mapped = residency != "anon" and not no_alloc
         return _load_path(source, header, params, mapped, progress)
     if not has_fopencookie():
         return _load_spilled(source, header, params, progress)
     return _load_cookie(source, header, params, progress)
+
+
+def _load_paged(
+    source: Path | VirtualFile,
+    header: Gguf,
+    params: Any,
+    progress: Progress | None,
+    experts: ExpertMemory,
+) -> Model:
+    """Copied, not mapped; the file's experts are written to ``experts``."""
+    try:
+        if isinstance(source, Path):
+            handle = _path_handle(source, params, False, progress)
+        else:
+            handle = _cookie_handle(source, header, params, progress)
+    except BaseException as error:
+        experts.close()
+        experts.raise_error(error)
+        raise
+    model = Model(handle, header, experts)
+    try:
+        experts.check(t.name for t in header.tensors if t.name.endswith("_exps.weight"))
+    except BaseException:
+        model.close()
+        raise
+    return model
 
 
 class _Load:
@@ -259,25 +291,33 @@ class _Load:
 def _load_path(
     path: Path, header: Gguf, params: Any, mapped: bool, progress: Progress | None
 ) -> Model:
+    return Model(_path_handle(path, params, mapped, progress), header)
+
+
+def _path_handle(path: Path, params: Any, mapped: bool, progress: Progress | None) -> int:
     params.load_mode = _LOAD_MMAP if mapped and binding().llama_supports_mmap() else _LOAD_COPY
     encoded = os.fsencode(path)
     load = binding().llama_model_load_from_file
-    handle = _Load(params, progress, None).run(str(path), lambda p: load(encoded, p))
-    return Model(handle, header)
+    return _Load(params, progress, None).run(str(path), lambda p: load(encoded, p))
 
 
 def _load_cookie(
     source: VirtualFile, header: Gguf, params: Any, progress: Progress | None
 ) -> Model:
+    return Model(_cookie_handle(source, header, params, progress), header)
+
+
+def _cookie_handle(
+    source: VirtualFile, header: Gguf, params: Any, progress: Progress | None
+) -> int:
     params.load_mode = _LOAD_COPY
     starts = (header.data_offset + n for n in tensor_offsets(header.tensors, header.alignment))
     cookie = CookieFile(source, [0, *starts])
     load = binding().llama_model_load_from_file_ptr
     try:
-        handle = _Load(params, progress, cookie).run(
+        return _Load(params, progress, cookie).run(
             "the virtual file", lambda p: load(cookie.pointer, p)
         )
-        return Model(handle, header)
     finally:
         cookie.close()
 
