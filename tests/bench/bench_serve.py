@@ -47,7 +47,8 @@ for name in sys.argv[1:]:
     importlib.import_module(name)
 print(held_bytes() - before)
 """
-WORDS = ["def", "class", "return", "self", "import", "value", "key", "for", "in", "while", "if", "else", "try", "print", "open"]
+WORDS = ["def", "class", "return", "self", "import", "value", "key", "for"]
+WORDS += ["in", "while", "if", "else", "try", "print", "open"]
 
 
 def memory() -> dict[str, float]:
