@@ -1,6 +1,7 @@
 """Run the application on a socket until the process is told to end."""
 
 import asyncio
+import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -52,6 +53,7 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             self.force_exit = True
+            logging.getLogger("uvicorn.error").disabled = True  # of requests it breaks off
         super().handle_exit(sig, frame)
 
 
