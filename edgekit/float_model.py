@@ -216,7 +216,12 @@ def build(class_name: str, config: Mapping[str, Any]) -> Any:
         EdgekitError: transformers is too old.
     """
     _check_version()
-    model_class = getattr(transformers, class_name)
+    model_class = getattr(transformers, class_name, None)
+    if model_class is None:
+        raise EdgekitError(
+            f"transformers {transformers.__version__} has no {class_name}, which runs this "
+            "checkpoint; convert with --imatrix FILE or --no-calibration"
+        )
     kept = {k: v for k, v in config.items() if k not in _CODE and not k.startswith("_")}
     kept["torch_dtype"] = kept["dtype"] = "float32"
     data = model_class.config_class.from_dict(kept, attn_implementation="eager")

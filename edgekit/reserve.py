@@ -110,9 +110,9 @@ def windowed_layers(architecture: str, model: Json) -> list[bool]:
     if isinstance(pattern, list):
         return [bool(item) for item in pattern]
     rows = (arch for arch in ARCHS.values() if MODEL_ARCH_NAMES[arch.gguf] == architecture)
-    every = max((arch.window_every for arch in rows), default=0)
+    arch = next((row for row in rows if row.window_every), None)
     layers = int(model[f"{architecture}.block_count"])
-    return [(i + 1) % every != 0 for i in range(layers)] if every else []
+    return [arch.is_windowed(i) for i in range(layers)] if arch else []
 
 
 def _without_weights(artifact: Artifact) -> Model:

@@ -33,7 +33,10 @@ typedef struct {
 
 static int32_t block_of(const char *name, const char *prefix) {
     size_t n = strlen(prefix);
-    return strncmp(name, prefix, n) == 0 ? (int32_t) strtol(name + n, NULL, 10) : -1;
+    char *end;
+    if (strncmp(name, prefix, n) != 0 || name[n] < '0' || name[n] > '9') return -1;
+    long block = strtol(name + n, &end, 10);
+    return *end == 0 && block < INT32_MAX ? (int32_t) block : -1; /* no "... (view)" */
 }
 
 static bool wanted(listener_t *l, const void *tensor, const char *name) {

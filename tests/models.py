@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from smallthinker import SmallThinker, write_smallthinker
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from edgekit.arch import ARCHS
@@ -30,7 +31,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 24},
     "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 24, "num_hidden_layers": 7},
     "smollm3": {"num_hidden_layers": 4, "pad_token_id": 0},
+    "smallthinker": {"moe_num_primary_experts": 6, "moe_num_active_primary_experts": 2},
 }
+# those that transformers can run; SmallThinker is held to tests/smallthinker.py
+RUNNABLE = tuple(name for name, arch in ARCHS.items() if hasattr(transformers, arch.class_name))
 
 
 def _fields(model_type: str, width: str) -> dict[str, Any]:
@@ -54,6 +58,9 @@ def _fields(model_type: str, width: str) -> dict[str, Any]:
     if model_type in ("qwen2_moe", "qwen3_moe"):
         fields["moe_intermediate_size"] = 80 if width == "narrow" else 256
         fields["shared_expert_intermediate_size"] = 112 if width == "narrow" else 256
+    if model_type == "smallthinker":
+        fields["head_dim"] = 24  # not hidden / heads
+        fields["moe_ffn_hidden_size"] = 80 if width == "narrow" else 256
     return fields | SPECIAL.get(model_type, {})
 
 
@@ -79,6 +86,8 @@ def make_checkpoint(
         overrides: Fields of the config.
     """
     fields = _fields(model_type, width) | overrides
+    if model_type == "smallthinker":
+        return write_smallthinker(folder, fields, getattr(torch, dtype), seed)
     config = transformers.AutoConfig.for_model(model_type, **fields)
     config.architectures = [ARCHS[model_type].class_name]
     torch.manual_seed(seed)
@@ -139,8 +148,10 @@ def add_tokenizer(folder: Path, vocab_size: int = VOCAB, chat_template: str | No
     return folder
 
 
-def whole_model(folder: Path) -> transformers.PreTrainedModel:
+def whole_model(folder: Path) -> Any:
     """The checkpoint in ``folder`` as transformers loads it, all of it in memory, float32."""
+    if json.loads((folder / "config.json").read_text())["model_type"] == "smallthinker":
+        return SmallThinker(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return transformers.AutoModelForCausalLM.from_pretrained(

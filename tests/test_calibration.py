@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import add_tokenizer, make_checkpoint, whole_model
+from models import RUNNABLE, add_tokenizer, make_checkpoint, whole_model
 
 from edgekit.arch import ARCHS, map_checkpoint
 from edgekit.calibration import Collector, calibrate
@@ -16,7 +16,7 @@ from edgekit.float_model import FloatModel
 from edgekit.imatrix import Imatrix, read_imatrix, write_imatrix
 
 IDS = np.random.default_rng(0).integers(3, 300, (2, 24))
-MOE = [name for name, arch in ARCHS.items() if arch.expert_ff]
+MOE = [name for name in RUNNABLE if ARCHS[name].expert_ff]
 
 Make = Callable[..., Checkpoint]
 
@@ -42,7 +42,7 @@ def collect(checkpoint: Checkpoint, *batches: np.ndarray) -> Imatrix:
     return Imatrix(collector.entries())
 
 
-@pytest.mark.parametrize("model_type", ARCHS)
+@pytest.mark.parametrize("model_type", RUNNABLE)
 def test_one_layer_at_a_time_computes_what_transformers_does(model_type: str, make: Make) -> None:
     checkpoint = make(model_type, "bfloat16" if model_type in ("llama", "qwen3_moe") else "float32")
     model = FloatModel(checkpoint, map_checkpoint(checkpoint))

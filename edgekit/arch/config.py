@@ -11,7 +11,6 @@ from edgekit.arch.table import ARCHS, Arch
 from edgekit.errors import RefusedError, UnsupportedError
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS; more end the process in a failed assertion
-EXPERT_KEYS = ("num_experts", "num_local_experts")  # transformers takes either
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 MAX_WIDTH = 1 << 22  # hidden and feed-forward; the largest published are about 2**17
 MAX_HEADS = 1 << 12
@@ -115,7 +114,7 @@ def read_hyper(arch: Arch, config: Mapping[str, Any], name: str) -> Hyper:
         norm_eps=fields.number("rms_norm_eps", 0.0, 1.0, default=1e-6),
         rope=read_rope(arch, fields, head, context),
         is_tied=fields.flag("tie_word_embeddings", False),
-        window=fields.integer("sliding_window", 1, MAX_CONTEXT) if any(windowed) else None,
+        window=fields.integer(arch.window_key, 1, MAX_CONTEXT) if any(windowed) else None,
         windowed=windowed,
         notes=_window_notes(arch, fields, context),
     )
@@ -124,13 +123,14 @@ def read_hyper(arch: Arch, config: Mapping[str, Any], name: str) -> Hyper:
 def _experts(arch: Arch, fields: Fields, sizes: dict[str, int]) -> tuple[int, int]:
     """Experts and how many a token uses; adds the feed-forward widths to ``sizes``."""
     # with a width of their own, experts leave intermediate_size unused, but configs still have it
-    own_width = arch.expert_ff == "moe_intermediate_size"
+    own_width = arch.expert_ff not in (None, "intermediate_size")
     if not own_width or fields.get("intermediate_size") is not None:
         sizes["ff"] = fields.integer("intermediate_size", 1, MAX_WIDTH)
         sizes["ff2"] = 2 * sizes["ff"]
     if arch.expert_ff is None:
         return 0, 0
-    keys = [key for key in EXPERT_KEYS if fields.get(key) is not None] or ["num_experts"]
+    known = [key for key in arch.expert_keys if fields.get(key) is not None]
+    keys = known or [arch.expert_keys[0]]
     n_experts = fields.integer(keys[0], 1, MAX_EXPERTS)
     if fields.get(keys[-1], n_experts) != n_experts:
         raise fields.bad(keys[-1], fields.get(keys[-1]), f"the {n_experts} of '{keys[0]}'")
@@ -138,7 +138,7 @@ def _experts(arch: Arch, fields: Fields, sizes: dict[str, int]) -> tuple[int, in
     sizes["ffe"] = fields.integer(arch.expert_ff, 1, MAX_WIDTH)
     if "FFN_UP_SHEXP.weight" in arch.tensors:
         sizes["ffs"] = fields.integer("shared_expert_intermediate_size", 1, MAX_WIDTH)
-    return n_experts, fields.integer("num_experts_per_tok", 1, n_experts)
+    return n_experts, fields.integer(arch.used_key, 1, n_experts)
 
 
 def _check_fixed(arch: Arch, fields: Fields) -> None:
@@ -203,6 +203,8 @@ def _windows(arch: Arch, fields: Fields, n_layers: int) -> tuple[bool, ...]:
     """Which layers attend in a window, for graphs that have windows."""
     if not arch.window_every:
         return ()
+    if arch.model_type == "smallthinker":
+        return _smallthinker_windows(arch, fields, n_layers)
     kinds = fields.get("layer_types")
     if kinds is None:
         every = fields.integer("sliding_window_pattern", 1, 1 << 16, default=arch.window_every)
@@ -211,6 +213,29 @@ def _windows(arch: Arch, fields: Fields, n_layers: int) -> tuple[bool, ...]:
     if not isinstance(kinds, list) or len(kinds) != n_layers or not {*map(str, kinds)} <= known:
         raise fields.bad("layer_types", kinds, f"{n_layers} of {' or '.join(sorted(known))}")
     return tuple(kind == "sliding_attention" for kind in kinds)
+
+
+def _smallthinker_windows(arch: Arch, fields: Fields, n_layers: int) -> tuple[bool, ...]:
+    """Windows in all but every fourth layer, or none; what has none has rotations everywhere."""
+    layouts = [
+        fields.get("sliding_window_layout", [0] * n_layers),
+        fields.get("rope_layout", [1] * n_layers),
+    ]
+    pattern = [int(arch.is_windowed(i)) for i in range(n_layers)]
+    if layouts == [[0] * n_layers, [1] * n_layers]:
+        return ()
+    if layouts != [pattern, pattern]:
+        raise UnsupportedError(
+            f"{fields.name}: sliding_window_layout and rope_layout are {str(layouts)[:80]}; "
+            "llama.cpp's smallthinker graph has both in all but every fourth layer, or no window "
+            "and rotations everywhere"
+        )
+    if fields.integer(arch.window_key, 1, MAX_CONTEXT) != 4096:
+        raise UnsupportedError(
+            f"{fields.name}: {arch.window_key} is {fields.get(arch.window_key)}; "
+            "llama.cpp's smallthinker graph computes only 4096"
+        )
+    return tuple(bool(item) for item in pattern)
 
 
 def _window_notes(arch: Arch, fields: Fields, context: int) -> tuple[str, ...]:

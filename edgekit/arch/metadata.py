@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # gguf needs it, so it is there
-from gguf import MODEL_ARCH_NAMES, GGUFValueType, GGUFWriter, Keys, Metadata, RopeScalingType
+from gguf import (
+    MODEL_ARCH_NAMES,
+    ExpertGatingFuncType,
+    GGUFValueType,
+    GGUFWriter,
+    Keys,
+    Metadata,
+    RopeScalingType,
+)
 from gguf.utility import size_label
 
 from edgekit.arch.config import Hyper
@@ -142,7 +150,11 @@ def hyper_metadata(
     if hyper.n_experts:
         values[keys.EXPERT_COUNT] = u32(hyper.n_experts)
         values[keys.EXPERT_USED_COUNT] = u32(hyper.n_experts_used)
-    if arch.expert_ff == "moe_intermediate_size":
+    if arch.softmax_key is not None:
+        is_softmax = bool(config.get(arch.softmax_key, False))
+        kind = ExpertGatingFuncType.SOFTMAX if is_softmax else ExpertGatingFuncType.SIGMOID
+        values[keys.EXPERT_GATING_FUNC] = u32(kind.value)
+    if arch.expert_ff not in (None, "intermediate_size"):
         values[keys.EXPERT_FEED_FORWARD_LENGTH] = u32(sizes["ffe"])
     if "ffs" in sizes:
         values[keys.EXPERT_SHARED_FEED_FORWARD_LENGTH] = u32(sizes["ffs"])
@@ -177,7 +189,7 @@ def _window_metadata(arch: Arch, hyper: Hyper) -> dict[str, Value]:
     if hyper.window is None:
         return {}
     values = {Keys.Attention.SLIDING_WINDOW: u32(hyper.window)}
-    usual = tuple((i + 1) % arch.window_every != 0 for i in range(hyper.n_layers))
+    usual = tuple(arch.is_windowed(i) for i in range(hyper.n_layers))
     if hyper.windowed != usual:
         pattern = array(GGUFValueType.BOOL, hyper.windowed)
         values[Keys.Attention.SLIDING_WINDOW_PATTERN] = pattern

@@ -62,7 +62,12 @@ class Arch:
         is_head_derived: The graph takes ``hidden_size / num_attention_heads`` as head width.
         can_tie: The graph falls back to the embedding where there is no output tensor.
         window_every: Of this many layers all but the last attend in a window; 0: no windows.
+        full_first: Of every ``window_every`` layers the first attends to all, not the last.
+        window_key: Field of config.json with the window's tokens.
         expert_ff: Field of config.json with the width of an expert; None: no experts.
+        expert_keys: Fields that may hold the number of experts.
+        used_key: Field with the number that a token takes.
+        softmax_key: Field that tells whether routers take a softmax, else a sigmoid; None: always.
         fixed: Field of config.json -> the only value the graph computes.
         scalar_layers: Number of layers for which the graph scales scores by ``hidden / heads``
             instead of the head width (Gemma's 27B models).
@@ -80,9 +85,19 @@ class Arch:
     is_head_derived: bool = False
     can_tie: bool = True
     window_every: int = 0
+    full_first: bool = False
+    window_key: str = "sliding_window"
     expert_ff: str | None = None
+    expert_keys: tuple[str, ...] = ("num_experts", "num_local_experts")  # transformers takes either
+    used_key: str = "num_experts_per_tok"
+    softmax_key: str | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     scalar_layers: int | None = None
+
+    def is_windowed(self, layer: int) -> bool:
+        """Whether the graph's own pattern has ``layer`` attend in a window."""
+        place = layer if self.full_first else layer + 1
+        return place % self.window_every != 0 if self.window_every else False
 
     @property
     def class_name(self) -> str:
@@ -104,6 +119,7 @@ CLASS_NAMES = {
     "smollm3": "SmolLM3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "smallthinker": "SmallThinkerForCausalLM",
 }
 
 _LLAMA3 = frozenset({"linear", "llama3", "yarn"})
@@ -266,6 +282,22 @@ _ROWS = (
         can_tie=False,
         expert_ff="intermediate_size",
         fixed={"norm_topk_prob": False, "clip_qkv": None},
+    ),
+    Arch(  # routers read the layer's input, so experts are known before attention runs
+        MODEL_ARCH.SMALLTHINKER,
+        "smallthinker",
+        _EMBED | _PRE_NORMS | _ATTN | _EXPERTS | _TAIL,
+        defaults={"norm_topk_prob": True, "rope_theta": 1.5e6},
+        activation="relu",
+        rope_scaling=_LINEAR,
+        window_every=4,
+        full_first=True,
+        window_key="sliding_window_size",
+        expert_ff="moe_ffn_hidden_size",
+        expert_keys=("moe_num_primary_experts",),
+        used_key="moe_num_active_primary_experts",
+        softmax_key="moe_primary_router_apply_softmax",
+        fixed={"norm_topk_prob": True, "moe_enable_secondary_experts": False},
     ),
 )
 

@@ -168,7 +168,7 @@ class Listener:
             block = _block(name, HIDDEN)
             if 0 <= block < state.n_blocks:
                 self._hidden[block] = tensor
-            return name.startswith(TOPK) or bool(state.listens_early and name.startswith(LOGITS))
+            return _block(name, TOPK) >= 0 or (state.listens_early and _block(name, LOGITS) >= 0)
         state.tensor = tensor
         block = _block(name, TOPK)
         if not 0 <= block < state.n_blocks:
@@ -196,12 +196,15 @@ class Listener:
 
 
 def _block(name: str, prefix: str) -> int:
-    return int(name[len(prefix) :]) if name.startswith(prefix) else -1
+    number = name[len(prefix) :]
+    return int(number) if name.startswith(prefix) and number.isdecimal() else -1
 
 
 def _read(tensor: int, kind: np.dtype[Any]) -> npt.NDArray[Any]:
     """A view of a 2-D tensor, ``[slow, fast]``; good until the graph goes on."""
     fast, slow, *_ = extents(tensor)
+    if not slow:  # the last layer, where nobody asks for logits
+        return np.zeros((0, fast), kind)
     step = strides(tensor)
     n_bytes = (slow - 1) * step[1] + (fast - 1) * step[0] + kind.itemsize
     raw = memoryview((ctypes.c_uint8 * n_bytes).from_address(data_of(tensor))).cast("B")

@@ -9,7 +9,7 @@ from typing import Any
 from gguf import MODEL_TENSOR, TENSOR_NAMES
 
 from edgekit.arch import Mapping
-from edgekit.arch.config import EXPERT_KEYS, Hyper, read_hyper
+from edgekit.arch.config import Hyper, read_hyper
 from edgekit.errors import RefusedError, UnsupportedError, UsageError
 
 Config = dict[str, Any]
@@ -122,7 +122,9 @@ def cut_config(config: Config, mapping: Mapping, cut: Cut) -> Config:
     if cut.ff != full.ff:
         changed["intermediate_size"] = cut.ff
     if mapping.arch.expert_ff is not None:
-        changed |= {key: cut.experts for key in EXPERT_KEYS if config.get(key) is not None}
+        changed |= {
+            key: cut.experts for key in mapping.arch.expert_keys if config.get(key) is not None
+        }
         changed["num_experts_per_tok"] = min(hyper.n_experts_used, cut.experts)
         changed[mapping.arch.expert_ff] = cut.ffe
     result = {**config, **{k: v for k, v in changed.items() if config.get(k) != v}}

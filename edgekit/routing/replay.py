@@ -72,15 +72,15 @@ class _Scores:
         self._next = _next_uses(trace) if policy == "belady" else None
 
     def after(self, t: int, ids: npt.NDArray[np.int64]) -> Scores:
+        """No two are equal, or a cache would keep more than it holds."""
+        recent = (t + self._order) / (self._trace.n_tokens + 2)  # in (0, 1), grows
         if self._policy == "lru":
-            self._scores[self._at, ids] = t + 1 + self._order
+            self._scores[self._at, ids] = recent
         elif self._policy == "lfu":  # the one used longest ago goes among equals
-            total = self._trace.n_tokens + 2
-            counts = np.floor(self._scores[self._at, ids]) + 1
-            self._scores[self._at, ids] = counts + (t + self._order) / total
+            self._scores[self._at, ids] = np.floor(self._scores[self._at, ids]) + 1 + recent
         else:
             assert self._next is not None
-            self._scores[self._at, ids] = -self._next[t] + self._order / 2
+            self._scores[self._at, ids] = -self._next[t] + recent
         return self._scores
 
 

@@ -128,7 +128,14 @@ def read_trace(path: Path) -> Trace:
         if zipfile.is_zipfile(path):
             return _read_npz(path)
         return _read_lines(path)
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+    ) as error:
         raise RefusedError(f"{path} is no trace: {error}; make one with: edgekit trace") from error
 
 
