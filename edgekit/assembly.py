@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from edgekit.artifact import Artifact
 from edgekit.codecs import CODECS
-from edgekit.codecs.chunks import row_ranges, split_frames
+from edgekit.codecs.chunks import row_ranges
+from edgekit.codecs.job import Chunk
 from edgekit.exporters.file_types import file_type
 from edgekit.exporters.gguf import Gguf, TensorInfo, header_bytes, padded
 from edgekit.exporters.gguf_values import u32
@@ -82,19 +83,6 @@ class Ahead:
         self._pool.shutdown()
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Rows ``[start, stop)`` of one expert, chunk ``index`` of ``n_chunks``, at a depth."""
-
-    stack: Stack
-    depth: int
-    expert: int
-    index: int
-    n_chunks: int
-    start: int
-    stop: int
-
-
 class Assembly:
     """The GGUF of ``artifact`` at ``depths``, readable from any offset; a context manager.
 
@@ -107,7 +95,8 @@ class Assembly:
         """Lay the file out; decodes nothing yet."""
         self._artifact, self._depths, self._n_threads = artifact, depths, n_threads
         self.gguf, self._head = self._header()
-        self._payloads = lru_cache(maxsize=64)(self._split)
+        self._codec = CODECS[artifact.manifest.codec]
+        self._opened = lru_cache(maxsize=64)(self._open)
         self._locks: dict[tuple[str, int, int], Lock] = {}
         self._pieces = list(self._lay_out())
         self._offsets = [piece.offset for piece in self._pieces]
@@ -127,7 +116,7 @@ class Assembly:
     def close(self) -> None:
         """Let threads and what was decoded ahead go; twice is once."""
         self._ahead.close()
-        self._payloads.cache_clear()
+        self._opened.cache_clear()
         self._rest = _NOTHING
 
     def read(self, offset: int, n_bytes: int) -> bytes:
@@ -206,24 +195,18 @@ class Assembly:
                 at += n_bytes
 
     def _decode(self, chunk: Chunk) -> memoryview:
-        """Decode one chunk: its level 0 blocks, lifted level by level."""
-        stack = chunk.stack
-        row = row_bytes(stack.type_at(stack.tiers[0]), stack.cols)
-        raw = self._part(stack, 0, chunk.expert)[chunk.start * row : chunk.stop * row]
-        blocks: ByteArray = np.frombuffer(raw, np.uint8)
-        for depth in range(1, chunk.depth):
-            parent, level = stack.levels[depth - 1 : depth + 1]
-            blocks = CODECS[level.codec].decode_chunk(
-                stack.type_at(parent.tier),
-                stack.type_at(level.tier),
-                blocks,
-                self._payloads(stack.name, depth, chunk.expert, chunk.n_chunks)[chunk.index],
-                (chunk.stop - chunk.start) * stack.cols,
-            )
+        """The blocks of one chunk, from its levels."""
+        name, expert, n_chunks = chunk.stack.name, chunk.expert, chunk.n_chunks
+        blocks = self._codec.decode(
+            chunk, lambda depth: self._opened(name, depth, expert, n_chunks)
+        )
         return blocks.data
 
-    def _split(self, name: str, depth: int, expert: int, n_chunks: int) -> list[memoryview]:
-        return split_frames(self._part(self._artifact.stack(name), depth, expert), n_chunks)
+    def _open(self, name: str, depth: int, expert: int, n_chunks: int) -> object:
+        """Level 0 as it is, another one as the codec prepares it."""
+        stack = self._artifact.stack(name)
+        part = self._part(stack, depth, expert)
+        return self._codec.open(part, stack, depth, n_chunks) if depth else part
 
     def _part(self, stack: Stack, depth: int, expert: int) -> memoryview:
         """A part's bytes; one thread takes their hash, others that need them wait for it."""

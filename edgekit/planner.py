@@ -46,8 +46,8 @@ class Step:
 
     @property
     def gain_per_byte(self) -> float:
-        """Loss removed per byte; a step that costs nothing comes first."""
-        return self.gain / self.n_bytes if self.n_bytes > 0 else float("inf")
+        """Loss removed per byte; a step that costs nothing and gains comes first."""
+        return _rate(self.gain, self.n_bytes)
 
 
 def hull_steps(stack: Stack, level_bytes: LevelBytes) -> Iterator[Step]:
@@ -67,8 +67,13 @@ def hull_steps(stack: Stack, level_bytes: LevelBytes) -> Iterator[Step]:
 
 
 def _slope(costs: Sequence[int], losses: Sequence[float], start: int, stop: int) -> float:
-    n_bytes, gain = costs[stop] - costs[start], losses[start] - losses[stop]
-    return gain / n_bytes if n_bytes > 0 else float("inf")
+    return _rate(losses[start] - losses[stop], costs[stop] - costs[start])
+
+
+def _rate(gain: float, n_bytes: int) -> float:
+    if n_bytes > 0:
+        return gain / n_bytes
+    return float("inf") if gain >= 0 else float("-inf")
 
 
 def load_order(stacks: Sequence[Stack], level_bytes: LevelBytes) -> Order:
@@ -82,6 +87,27 @@ def load_order(stacks: Sequence[Stack], level_bytes: LevelBytes) -> Order:
         order += [(level.tensor, level.tier) for level in step.levels]
         _push(heap, rank, rest)
     return tuple(order)
+
+
+def average_order(stacks: Sequence[Stack], level_bytes: LevelBytes) -> Order:
+    """Level by level over all tensors, each level sorted by what it alone takes off the loss.
+
+    What BitStack's authors call "average" (arXiv 2410.23918): any two tensors differ by at most one
+    level. They measure what a level takes off the perplexity; here it is its loss.
+    """
+    deepest = max(len(stack.levels) for stack in stacks)
+    order: list[tuple[str, str]] = []
+    for depth in range(1, deepest):
+        levels = [stack.levels[depth - 1 : depth + 1] for stack in stacks if stack.levels[depth:]]
+        levels.sort(key=lambda pair: pair[1].loss - pair[0].loss)
+        order += [(level.tensor, level.tier) for _, level in levels]
+    return tuple(order)
+
+
+LOAD_ORDERS: Mapping[str, Callable[[Sequence[Stack], LevelBytes], Order]] = {
+    "kl": load_order,
+    "average": average_order,
+}
 
 
 def _push(
@@ -115,6 +141,10 @@ def tier_at(stack: Stack, tier: str) -> str:
     """
     if len(stack.levels) == 1 and stack.levels[0].tier == SOURCE:
         return SOURCE
+    if tier in stack.tiers:
+        return tier
+    if tier not in TYPES and tier != SOURCE:
+        stack.depth_of(tier)
     wanted = tier if tier == SOURCE else type_for(tier, stack.cols)
     if wanted == stack.source_type:
         wanted = SOURCE
@@ -134,7 +164,8 @@ def fill(stacks: Sequence[Stack], order: Order, weights_bytes: int) -> Depths:
     """The depths that ``order`` reaches within ``weights_bytes`` of memory for weights.
 
     Levels that no longer fit are passed over, together with those that stand on them; a later,
-    smaller level of another tensor may still fit.
+    smaller level of another tensor may still fit. Of the depths reached each tensor has the one
+    with the least loss.
 
     Raises:
         DoesNotFitError: Not even level 0 of every tensor fits.
@@ -156,4 +187,10 @@ def fill(stacks: Sequence[Stack], order: Order, weights_bytes: int) -> Depths:
         if cost <= left:
             left -= cost
             depth[name] += 1
-    return uniform(stacks, lambda stack: stack.tiers[depth[stack.name]])
+    return uniform(stacks, lambda stack: _best_tier(stack, depth[stack.name]))
+
+
+def _best_tier(stack: Stack, depth: int) -> str:
+    """The tier up to level ``depth`` with the least loss; the highest of equal ones."""
+    best = min(range(depth + 1), key=lambda d: (stack.levels[d].loss, -d))
+    return stack.tiers[best]
