@@ -277,6 +277,7 @@ class _Conversion:
             "name": self.checkpoint.folder.resolve().name,
             "license": license_.value if license_ else None,
             "files": hashes,
+            "config": dict(self.checkpoint.config),
             "unused_tensors": list(self.mapping.unused),
         }
 

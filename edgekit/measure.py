@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgekit.artifact import Artifact, open_artifact
 from edgekit.assembly import Assembly
-from edgekit.errors import UsageError
+from edgekit.errors import EdgekitError, UsageError
 from edgekit.evaluate import CONTEXT, Quality, Reference, Source, evaluate, perplexity
 from edgekit.manifest import MANIFEST_NAME, Json
 from edgekit.plan import plan_budget, plan_tier
@@ -101,8 +101,21 @@ def _in_llama(artifact: Artifact, depths: Depths, reference: Reference, device: 
         return evaluate(source, reference)
 
 
+def _in_torch(artifact: Artifact, depths: Depths, reference: Reference, device: str) -> Quality:
+    try:
+        from edgekit.torch_runtime import run
+    except ImportError as error:
+        raise EdgekitError(
+            f"--runtime torch needs {error.name}; pip install 'edgekit[convert]'"
+        ) from error
+    return run(artifact, depths, reference, device)
+
+
 Run = Callable[[Artifact, Depths, Reference, str], Quality]
-RUNTIMES: Mapping[str, Run] = {"llama": _in_llama}  # what a depth can be evaluated with
+RUNTIMES: Mapping[str, Run] = {  # what a depth can be evaluated with
+    "llama": _in_llama,
+    "torch": _in_torch,
+}
 
 
 def _depths(artifact: Artifact, tier: str | None, budget: int | None) -> Depths:

@@ -10,6 +10,7 @@ import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from edgekit.codecs import CODECS
 from edgekit.errors import DoesNotFitError
 from edgekit.kernels.ggml import TYPES, row_bytes, type_for
 from edgekit.manifest import Order
@@ -17,6 +18,7 @@ from edgekit.sizes import format_size
 from edgekit.stack import SOURCE, Level, Stack
 
 LevelBytes = Callable[[Stack, int], int]  # cost in bytes of going from depth to depth + 1
+TierBytes = Callable[[Stack, str], int]  # bytes in memory at a tier
 
 
 def resident_bytes(stack: Stack, tier: str) -> int:
@@ -29,6 +31,13 @@ def resident_step(stack: Stack, depth: int) -> int:
     """Memory that level ``depth`` adds over the one below it."""
     tiers = stack.tiers
     return resident_bytes(stack, tiers[depth]) - resident_bytes(stack, tiers[depth - 1])
+
+
+def packed_bytes(stack: Stack, tier: str) -> int:
+    """Bytes in a runtime that computes with levels as they are stored, where the codec has such."""
+    codec = CODECS.get(stack.levels[-1].codec)
+    held = codec.held(stack, stack.depth_of(tier)) if codec is not None else ()
+    return sum(stack.levels[d].n_bytes for d in held) or resident_bytes(stack, tier)
 
 
 def stored_step(stack: Stack, depth: int) -> int:
@@ -154,14 +163,25 @@ def tier_at(stack: Stack, tier: str) -> str:
     return wanted
 
 
-def uniform(stacks: Sequence[Stack], tier_of: Callable[[Stack], str]) -> Depths:
+def uniform(
+    stacks: Sequence[Stack],
+    tier_of: Callable[[Stack], str],
+    bytes_of: TierBytes = resident_bytes,
+) -> Depths:
     """The depths at which every tensor has the tier that ``tier_of`` names."""
     tiers = {stack.name: tier_of(stack) for stack in stacks}
-    return Depths(tiers, sum(resident_bytes(stack, tiers[stack.name]) for stack in stacks))
+    return Depths(tiers, sum(bytes_of(stack, tiers[stack.name]) for stack in stacks))
 
 
-def fill(stacks: Sequence[Stack], order: Order, weights_bytes: int) -> Depths:
+def fill(
+    stacks: Sequence[Stack],
+    order: Order,
+    weights_bytes: int,
+    bytes_of: TierBytes = resident_bytes,
+) -> Depths:
     """The depths that ``order`` reaches within ``weights_bytes`` of memory for weights.
+
+    ``bytes_of`` tells what a tensor takes at a tier.
 
     Levels that no longer fit are passed over, together with those that stand on them; a later,
     smaller level of another tensor may still fit. Of the depths reached each tensor has the one
@@ -172,7 +192,7 @@ def fill(stacks: Sequence[Stack], order: Order, weights_bytes: int) -> Depths:
     """
     by_name = {stack.name: stack for stack in stacks}
     depth = dict.fromkeys(by_name, 0)
-    left = weights_bytes - uniform(stacks, lambda stack: stack.tiers[0]).weights_bytes
+    left = weights_bytes - uniform(stacks, lambda stack: stack.tiers[0], bytes_of).weights_bytes
     if left < 0:
         raise DoesNotFitError(
             f"weights need {format_size(weights_bytes - left)} at the lowest depth, the budget "
@@ -183,11 +203,11 @@ def fill(stacks: Sequence[Stack], order: Order, weights_bytes: int) -> Depths:
         stack = by_name[name]
         if depth[name] + 1 >= len(stack.tiers) or stack.tiers[depth[name] + 1] != tier:
             continue  # its parent was passed over
-        cost = resident_step(stack, depth[name] + 1)
+        cost = bytes_of(stack, tier) - bytes_of(stack, stack.tiers[depth[name]])
         if cost <= left:
             left -= cost
             depth[name] += 1
-    return uniform(stacks, lambda stack: _best_tier(stack, depth[stack.name]))
+    return uniform(stacks, lambda stack: _best_tier(stack, depth[stack.name]), bytes_of)
 
 
 def _best_tier(stack: Stack, depth: int) -> str:

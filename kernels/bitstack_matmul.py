@@ -4,8 +4,8 @@
 ``u @ v`` on tensor cores, turns signs, and multiplies with ``x``, level upon level. From
 `FUSED_BATCH` on a tile is written once for many columns of ``x`` instead (`dense`).
 
-Bytes read per weight and level: 1/8 for the sign, and the factors' ``rank * (1 / rows + 1 / cols)``;
-operations: ``2 * rank + 2`` per weight and level, all but two of them on tensor cores.
+Bytes read per weight and level: 1/8 for the sign, and ``rank * (1 / rows + 1 / cols)`` for factors
+of 8 bits; operations: ``2 * rank + 2``, all but two of them on tensor cores.
 """
 
 from collections.abc import Sequence
@@ -47,6 +47,12 @@ class PackedLevel:
         """Rows and columns of the matrix."""
         return self.signs.shape[0], self.v.shape[1]
 
+    def rows(self, index: Tensor) -> "PackedLevel":
+        """Some rows, copied."""
+        scale = None if self.u_scale is None else self.u_scale[index]
+        u, signs = self.u[index], self.signs[index]
+        return PackedLevel(self.rank, self.group, self.gain, self.v, u, self.v_scale, scale, signs)
+
 
 def packed(level: Level, device: str | torch.device = "cpu") -> PackedLevel:
     """Copy a level to a device."""
@@ -70,10 +76,8 @@ def dense_ref(levels: Sequence[PackedLevel], dtype: torch.dtype) -> Tensor:
         if level.u_scale is not None and level.v_scale is not None:
             u, v = u * level.u_scale.to(dtype)[:, None], v * level.v_scale.to(dtype)
         column = torch.arange(cols, device=u.device)
-        if level.group < cols:
-            product = u[:, column // level.group] * v[0]
-        else:
-            product = u @ v
+        is_grouped = level.group < cols
+        product = u[:, column // level.group] * v[0] if is_grouped else u @ v
         bits = level.signs[:, column // 8] >> (column % 8).to(torch.uint8) & 1
         total += torch.where(bits.bool(), product, -product)
     return total

@@ -34,13 +34,11 @@ def _tile(
         product = u * tl.load(v_ptr + n, mask=in_n, other=0).to(tl.float32)[None, :]
     else:
         r = tl.arange(0, PADDED)
-        u = tl.load(
-            u_ptr + m[:, None] * RANK + r[None, :], mask=in_m[:, None] & (r < RANK)[None, :], other=0
-        ).to(tl.float16)  # 8-bit factors are exact in it
-        v = tl.load(
-            v_ptr + r[:, None] * cols + n[None, :], mask=(r < RANK)[:, None] & in_n[None, :], other=0
-        ).to(tl.float16)
-        product = tl.dot(u, v)
+        in_r = r < RANK
+        u_at, v_at = m[:, None] * RANK + r[None, :], r[:, None] * cols + n[None, :]
+        u = tl.load(u_ptr + u_at, mask=in_m[:, None] & in_r[None, :], other=0)
+        v = tl.load(v_ptr + v_at, mask=in_r[:, None] & in_n[None, :], other=0)
+        product = tl.dot(u.to(tl.float16), v.to(tl.float16))  # 8-bit factors are exact in it
     if IS_I8:
         scale = tl.load(_pointer(table, level, 3, tl.float16) + n, mask=in_n, other=0)
         product *= UNIT * scale.to(tl.float32)[None, :]

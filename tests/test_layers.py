@@ -30,6 +30,7 @@ LAYERS = (
     {"planner"},
     {"assembly", "convert_report", "model_card", "plan", "publish"},
     {"evaluate"},
+    {"torch_runtime"},
     {"measure", "pruning", "reserve"},
     {"convert", "inspect", "materialize", "report", "surrender"},
     {"engine", "prune_report"},

@@ -18,7 +18,7 @@ from edgekit.errors import UsageError
 @click.option("--text", type=options.FILE, required=True, help="Text that was not calibrated on.")
 @click.option(
     "--runtime",
-    type=click.Choice(["llama"]),  # RUNTIMES of edgekit.measure, which loads llama.cpp
+    type=click.Choice(["llama", "torch"]),  # RUNTIMES of edgekit.measure, which loads llama.cpp
     default="llama",
     show_default=True,
     help="What runs MODEL.",

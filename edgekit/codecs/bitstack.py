@@ -321,6 +321,13 @@ def decode(chunk: Chunk, opened: Opened) -> ByteArray:
     )
 
 
+def held(stack: Stack, depth: int) -> tuple[int, ...]:
+    """All levels that a depth is a sum of; none where it is blocks alone."""
+    if depth == 1 or stack.tiers[depth - 1] == SOURCE:
+        return ()
+    return tuple(range(0 if stack.tiers[1].startswith("R") else 1, depth))
+
+
 def _values(chunk: Chunk, opened: Opened) -> F32Array:
     """The weights that the levels up to the chunk's depth give, float32 ``[rows, cols]``."""
     stack, n_rows = chunk.stack, chunk.stop - chunk.start
@@ -358,4 +365,5 @@ BITSTACK = Codec(
     gives=gives,
     open=open_part,
     decode=decode,
+    held=held,
 )

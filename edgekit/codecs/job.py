@@ -96,6 +96,8 @@ class Codec:
         open: Prepares a level's part, ``part, stack, depth, chunks``; `RefusedError` where it is
             corrupt.
         decode: The blocks of a chunk, uint8, flat, of the type that its stack has at its depth.
+        held: The levels, by depth, that a runtime can compute with as they are stored, for a stack
+            at a depth; empty where it needs the blocks that `decode` gives.
     """
 
     tiers: tuple[str, ...]
@@ -108,6 +110,7 @@ class Codec:
     gives: Callable[[Stack, Level], bool]
     open: Callable[[memoryview, Stack, int, int], object]
     decode: Callable[[Chunk, Opened], ByteArray]
+    held: Callable[[Stack, int], tuple[int, ...]]
 
 
 def n_experts_of(source: Source) -> int:

@@ -170,4 +170,5 @@ NESTED = Codec(
     gives=gives,
     open=open_part,
     decode=decode,
+    held=lambda stack, depth: (),
 )
