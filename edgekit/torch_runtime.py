@@ -163,6 +163,8 @@ class PackedLinear(nn.Module):
     def __init__(self, weights: Weights, name: str, bias: Tensor | None, order: Tensor | None):
         """Take the GGUF name of the matrix, and the place in its rows of each output."""
         super().__init__()
+        self.bias: Tensor | None
+        self.order: Tensor | None
         self._weights, self._name = weights, name
         self.register_buffer("bias", bias)
         self.register_buffer("order", order)
@@ -181,6 +183,7 @@ class PackedEmbedding(nn.Module):
     def __init__(self, weights: Weights, dtype: torch.dtype, scale: Tensor | None):
         """Take the scale of the rows, where the model has one (Gemma)."""
         super().__init__()
+        self.scale: Tensor | None
         self._weights, self._dtype = weights, dtype
         self.register_buffer("scale", scale)
 
@@ -278,7 +281,8 @@ class TorchModel:
         target = self._names.of(f"{name}.weight")
         if target == HEAD and HEAD not in self.weights:
             target = EMBEDDING
-        bias = self._small(f"{name}.bias").to(self._dtype) if module.bias is not None else None
+        has_bias = "bias" in dict(module.named_parameters())
+        bias = self._small(f"{name}.bias").to(self._dtype) if has_bias else None
         order = self._names.order(target, module.out_features)
         return PackedLinear(self.weights, target, bias, order)
 

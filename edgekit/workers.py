@@ -8,6 +8,7 @@ so that order, place and repetition of a job change nothing in it.
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
 from threadpoolctl import threadpool_limits
 
@@ -99,7 +100,7 @@ def run_on_ray(
             ray.shutdown()
 
 
-def _join(ray, n_jobs: int, address: str | None) -> None:
+def _join(ray: Any, n_jobs: int, address: str | None) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address is None:
@@ -114,7 +115,7 @@ def _join(ray, n_jobs: int, address: str | None) -> None:
         ) from error
 
 
-def _results(ray, task: Task, indices: Sequence[int]) -> Iterator[int]:
+def _results(ray: Any, task: Task, indices: Sequence[int]) -> Iterator[int]:
     remote = ray.remote(_remote_job).options(num_cpus=1, max_retries=RETRIES)
     running = [remote.remote(task, index) for index in indices]
     while running:

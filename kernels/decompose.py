@@ -16,8 +16,10 @@ Departures from the reference (`decompose_ref`), each of which costs bytes or er
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgekit.kernels.bitstack_level import Level, pack_signs
 from edgekit.kernels.bitstack_rows import add_levels
@@ -169,7 +171,9 @@ def _rounded(a: _Absolute, u: F32Array, v: F32Array, group: int, halves: bool) -
     return Level(len(v), group, gain_u * gain_v, kind_v, kind_u, v_scale, u_scale, signs)
 
 
-def _round(values, axis, halves):
+def _round(
+    values: F32Array, axis: int, halves: bool
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.float16] | None, float]:
     """Round along ``axis``, which shares a scale: stored values, scales, and a power of two."""
     largest = np.abs(values).max(axis)
     gain = 2.0 ** math.ceil(math.log2(max(float(largest.max()), 1e-30)))
@@ -181,8 +185,10 @@ def _round(values, axis, halves):
     return np.clip(np.rint(codes), -127, 127).astype(np.int8), scale, gain
 
 
-def _values(stored, scale, axis, gain):
-    wide = stored.astype(np.float32) * np.float32(gain)
+def _values(
+    stored: npt.NDArray[Any], scale: npt.NDArray[np.float16] | None, axis: int, gain: float
+) -> F32Array:
+    wide: F32Array = stored.astype(np.float32) * np.float32(gain)
     return wide if scale is None else wide * np.expand_dims(scale.astype(np.float32), axis)
 
 

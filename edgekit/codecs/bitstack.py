@@ -16,7 +16,7 @@ says which. ggml quantizes to it without an importance matrix when the depth is 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -196,7 +196,7 @@ class _Expert:
         self.weighted = job.sensitivity.weighing(expert, self.start, self.stop, self.sample)
         self.energy = self.weighted(self.wanted)
 
-    def blobs(self, totals: F64Array, kinds: list[str]):
+    def blobs(self, totals: F64Array, kinds: list[str]) -> Iterator[bytes]:
         """The bytes of every level, in order; errors are added to ``totals``."""
         base = self.chain[0]
         if base == SOURCE:
@@ -219,7 +219,7 @@ class _Expert:
         if self.chain[-1] == SOURCE:
             yield self._rest(values)
 
-    def _levels(self, residual: F32Array, n_steps: int):
+    def _levels(self, residual: F32Array, n_steps: int) -> Iterator[bitstack_level.Level]:
         settings = Settings(group=self.job.column_group)
         sensitivity, at = self.job.sensitivity, slice(self.start, self.stop)
         rows, cols = _even(sensitivity.rows[at]), _even(sensitivity.cols[self.expert])
