@@ -31,6 +31,7 @@ OVERSAMPLING = 8
 N_ITERATIONS = 2  # of the power scheme; a third gains less than 0.1 % of the error
 SLAB = 1 << 21  # weights whose absolute values are in memory at once
 TINY = np.finfo(np.float32).tiny
+LEAST_EXPONENT = -60  # of the gain of u or of v: their product is a normal float32
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,8 @@ def _round(
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float16] | None, float]:
     """Round along ``axis``, which shares a scale: stored values, scales, and a power of two."""
     largest = np.abs(values).max(axis)
-    gain = 2.0 ** math.ceil(math.log2(max(float(largest.max()), 1e-30)))
+    top = float(largest.max())
+    gain = 2.0 ** max(math.ceil(math.log2(top)), LEAST_EXPONENT) if top > 0 else 1.0
     if halves:
         return (values / gain).astype(np.float16), None, gain
     scale = (largest / (127 * gain)).astype(np.float16)
