@@ -33,6 +33,7 @@ setup(
             sources=[
                 f"kernels/{name}.c"
                 for name in (
+                    "bitstack",
                     "blocks",
                     "level",
                     "listener",

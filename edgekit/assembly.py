@@ -13,7 +13,9 @@ from itertools import islice
 from threading import Lock
 
 from edgekit.artifact import Artifact
-from edgekit.decode import Chunk, Decoder, chunks_of
+from edgekit.codecs import CODECS
+from edgekit.codecs.job import Chunk
+from edgekit.decode import Decoder, chunks_of
 from edgekit.exporters.file_types import file_type
 from edgekit.exporters.gguf import Gguf, TensorInfo, header_bytes, padded
 from edgekit.exporters.gguf_values import u32
@@ -96,7 +98,7 @@ class Assembly:
         self._artifact, self._depths, self._n_threads = artifact, depths, n_threads
         self._without = without
         self.gguf, self._head = self._header()
-        self._decoder = Decoder(self._part)
+        self._decoder = Decoder(CODECS[artifact.manifest.codec], self._part)
         self._locks: dict[tuple[str, str, int], Lock] = {}
         self._pieces = list(self._lay_out())
         self._offsets = [piece.offset for piece in self._pieces]

@@ -8,7 +8,7 @@ all of it is whole.
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,11 +16,12 @@ from edgekit import __version__
 from edgekit.arch import Mapping, SourceTensor, map_checkpoint
 from edgekit.artifact import open_artifact
 from edgekit.checkpoint import Checkpoint
+from edgekit.codecs import CODECS, Codec
 from edgekit.codecs.chunks import CHUNK_WEIGHTS
 from edgekit.convert_options import Options, check_options
 from edgekit.convert_report import Report, report_of, tier_bytes
 from edgekit.disk import disk_full_reported, require_free
-from edgekit.encode import Job, chain_of, encode_tensor
+from edgekit.encode import Encoder, Task
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.exporters.gguf import header_bytes
 from edgekit.exporters.gguf_values import Value, u32
@@ -39,18 +40,11 @@ from edgekit.reserve import measure_memory
 from edgekit.routing.gguf_keys import expert_metadata
 from edgekit.routing.summary import summarize
 from edgekit.routing.trace import read_trace, write_trace
-from edgekit.sensitivity import (
-    HEAD,
-    NO_FISHER,
-    Fisher,
-    prior_sensitivity,
-    read_fisher,
-    write_fisher,
-)
+from edgekit.sensitivity import NO_FISHER, Fisher, read_fisher, write_fisher
 from edgekit.spool import Spool, write_atomically
-from edgekit.stack import Level, Part, Stack
+from edgekit.stack import SOURCE, Level, Part, Stack
+from edgekit.workers import ENGINES
 
-SHARE_OF_SOURCE = 1.02  # an upper bound: an artifact takes 0.94 to 0.97 of a BF16 checkpoint
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: of the K- and IQ-blocks' layouts
 IMATRIX_NAME, FISHER_NAME = "imatrix.gguf", "fisher.npz"
 VOCABULARY_NAME, TRACE_NAME = "vocabulary.gguf", "trace.npz"
@@ -125,13 +119,13 @@ class _Conversion:
         self.metadata = _metadata(checkpoint, self.mapping)
         self.source_bytes = sum(checkpoint.files.values())
         self.name = artifact_name(checkpoint.folder)
-        self.is_tied = all(tensor.name != HEAD for tensor in self.mapping.tensors)
 
     def run(self, command: Sequence[str]) -> None:
         """Do what is not done yet."""
         for note in (*self.mapping.notes, *_template_notes(self.metadata)):
             self.progress.note(note)
-        need = int(2 * SHARE_OF_SOURCE * self.source_bytes)  # the spool, and what is made from it
+        share = CODECS[self.options.codec].size_bound(self.options.tiers)
+        need = int(2 * share * self.source_bytes)  # the spool, and what is made from it
         require_free(self.output.parent, need, f"converting {self.checkpoint.folder}")
         words = [word for word in command if word != "--resume"]  # as if nothing had stopped it
         first_command = self.spool.open(self._job(), words, self.options.resume)
@@ -143,7 +137,7 @@ class _Conversion:
                 write_imatrix(imatrix, self.options.save_imatrix)
             fisher = self._fisher()
             experts = self._experts()
-            tensors = self._encode(imatrix, fisher, background)
+            tensors = self._encode(imatrix, fisher)
             facts = self._facts(imatrix, fisher, experts, hashes.result(), first_command)
         self._publish(tensors, facts)
 
@@ -151,7 +145,15 @@ class _Conversion:
         """What must be the same for a resumed conversion to end like an undisturbed one."""
         files = [[p.name, n, p.stat().st_mtime_ns] for p, n in self.checkpoint.files.items()]
         choices = asdict(
-            replace(self.options, jobs=0, resume=False, force=False, save_imatrix=None)
+            replace(
+                self.options,
+                jobs=0,
+                resume=False,
+                force=False,
+                save_imatrix=None,
+                engine="",
+                address=None,
+            )
         )
         return {
             "edgekit": __version__,
@@ -229,35 +231,44 @@ class _Conversion:
             write_trace(trace, kept)
         return summarize(read_trace(kept))
 
-    def _encode(
-        self, imatrix: Imatrix | None, fisher: Fisher, background: ThreadPoolExecutor
-    ) -> list[Encoded]:
-        done: list[Encoded] = []
-        commits: list[Future[None]] = []
-        self.progress.start("encode", sum(t.n_weights for t in self.mapping.tensors))
-        with ThreadPoolExecutor(self.options.jobs) as pool:
-            for index, tensor in enumerate(self.mapping.tensors):
-                record = self.spool.record(index)
-                if record is None:
-                    job = self._job_of(tensor, imatrix, fisher)
-                    with self.spool.data_path(index).open("wb") as file:
-                        record = encode_tensor(tensor, job, file, pool, 2 * self.options.jobs)
-                    commits.append(background.submit(self.spool.commit, index, record))
-                done.append(Encoded(index, tensor.shape, tensor.source_type, record))
-                self.progress.advance(tensor.n_weights)
-            for commit in commits:
-                commit.result()
-        return done
+    def _encode(self, imatrix: Imatrix | None, fisher: Fisher) -> list[Encoded]:
+        """Run the jobs of the tensors that have no record, the largest ones first."""
+        tensors, options = self.mapping.tensors, self.options
+        self.progress.start("encode", sum(t.n_weights for t in tensors))
+        todo = [i for i in range(len(tensors)) if self.spool.record(i) is None]
+        self.progress.advance(sum(t.n_weights for t in tensors) - self._n_weights(todo))
+        todo.sort(key=lambda i: -tensors[i].n_weights)
+        task = self._task(imatrix, fisher)
+        encoder = Encoder(task, self.mapping, imatrix, fisher)
+        run = ENGINES[options.engine]
+        for index in run(encoder, task, todo, options.jobs, options.address):
+            self.progress.advance(tensors[index].n_weights)
+        return [self._encoded(i, tensor) for i, tensor in enumerate(tensors)]
 
-    def _job_of(self, tensor: SourceTensor, imatrix: Imatrix | None, fisher: Fisher) -> Job:
-        n_experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
-        weights = None
-        if imatrix is not None and tensor.quantizable:
-            weights = imatrix.weights_for(tensor.name, n_experts, tensor.shape[-1])
-        sensitivity = fisher.of(tensor.name) or prior_sensitivity(
-            tensor.name, tensor.shape, weights, is_tied=self.is_tied
+    def _n_weights(self, indices: Sequence[int]) -> int:
+        return sum(self.mapping.tensors[i].n_weights for i in indices)
+
+    def _encoded(self, index: int, tensor: SourceTensor) -> Encoded:
+        record = self.spool.record(index)
+        if record is None:
+            raise EdgekitError(
+                f"{self.spool.folder} has no record of {tensor.name}; a worker does not write to "
+                "the same folder: put the output on a path that all of them share"
+            )
+        return Encoded(index, tensor.shape, tensor.source_type, record)
+
+    def _task(self, imatrix: Imatrix | None, fisher: Fisher) -> Task:
+        options, folder = self.options, self.spool.folder.resolve()
+        kept = options.imatrix.resolve() if options.imatrix else folder / IMATRIX_NAME
+        return Task(
+            self.checkpoint.folder.resolve(),
+            folder,
+            options.codec,
+            options.tiers,
+            options.column_group,
+            None if imatrix is None else kept,
+            folder / FISHER_NAME if fisher.rows else None,
         )
-        return Job(self.options.tiers, self.options.codec, CHUNK_WEIGHTS, weights, sensitivity)
 
     def _facts(
         self,
@@ -297,6 +308,7 @@ class _Conversion:
             "name": self.checkpoint.folder.resolve().name,
             "license": license_.value if license_ else None,
             "files": hashes,
+            "config": dict(self.checkpoint.config),
             "unused_tensors": list(self.mapping.unused),
         }
 
@@ -315,7 +327,8 @@ class _Conversion:
         staged.mkdir()
         self.progress.start("write", 1)
         metadata = self.metadata | expert_metadata(facts.experts)
-        manifest = publish(self.spool, staged, tensors, metadata, facts)
+        order = self.options.load_order
+        manifest = publish(self.spool, staged, tensors, metadata, facts, order)
         write_manifest(staged, manifest)
         manifest = replace(manifest, memory=measure_memory(staged, self.progress))
         write_manifest(staged, manifest)
@@ -368,27 +381,33 @@ def preview(folder: Path, output: Path, options: Options) -> Report:
     _require_free_name(output, options)
     mapping = map_checkpoint(checkpoint)
     _metadata(checkpoint, mapping)
-    stacks = [_empty_stack(tensor, options.tiers) for tensor in mapping.tensors]
+    codec = CODECS[options.codec]
+    stacks = [_empty_stack(tensor, codec, options.tiers) for tensor in mapping.tensors]
     base = sum(resident_bytes(stack, stack.tiers[0]) for stack in stacks)
     source = sum(checkpoint.files.values())
     return Report(
         artifact=str(output),
         source_bytes=source,
         base_bytes=base,
-        levels_bytes=int(SHARE_OF_SOURCE * source) - base,
-        artifact_bytes=int(SHARE_OF_SOURCE * source),
+        levels_bytes=int(codec.size_bound(options.tiers) * source) - base,
+        artifact_bytes=int(codec.size_bound(options.tiers) * source),
         tiers=tier_bytes(stacks, options.tiers),
         n_tensors=len(stacks),
         seconds=0.0,
     )
 
 
-def _empty_stack(tensor: SourceTensor, tiers: Sequence[str]) -> Stack:
+def _empty_stack(tensor: SourceTensor, codec: Codec, tiers: Sequence[str]) -> Stack:
     """A stack whose levels have no bytes yet."""
-    chain = chain_of(tensor, tiers)
+    chain = codec.chain_of(tensor, tiers, True)
     parents = (None, *chain)
     levels = (
-        Level(tensor.name, t, p, "", (Part(0, 0, ""),), 0.0)
+        Level(tensor.name, t, p, "", (Part(0, 0, ""),), 0.0, _type_of(codec, t, tensor.cols))
         for t, p in zip(chain, parents, strict=False)
     )
     return Stack(tensor.name, tensor.shape, tensor.source_type, tuple(levels))
+
+
+def _type_of(codec: Codec, tier: str, cols: int) -> str:
+    kind = SOURCE if tier == SOURCE else codec.expected_type(tier, cols)
+    return "" if kind == tier else kind

@@ -1,16 +1,15 @@
 """What a conversion is asked for, checked before any work begins."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekit.codecs.nested import CHILDREN
-from edgekit.errors import UnknownNameError, UsageError
-from edgekit.kernels.ggml import TYPES, row_bytes
+from edgekit.codecs import CODECS
+from edgekit.errors import UsageError
+from edgekit.kernels.ggml import TYPES
 from edgekit.stack import SOURCE
 
-DEFAULT_TIERS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", SOURCE)
+DEFAULT_TIERS = CODECS["nested"].tiers
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,12 @@ class Options:
         statistics: False converts without any statistics.
         save_imatrix: Where to also write the statistics, for llama-quantize.
         measure: Measure quality at a dozen budgets at the end.
-        jobs: Worker threads.
+        column_group: Of the codec `bitstack`: columns that have rank-1 factors of their own; 0:
+            factors of a higher rank over all columns.
+        load_order: Key of `LOAD_ORDERS`.
+        engine: Key of `ENGINES`: what runs the jobs.
+        address: Of a Ray cluster; ``None`` starts one on this machine.
+        jobs: Tensors that are encoded at once.
         resume: Go on where the same conversion was stopped.
         force: Replace an existing artifact.
     """
@@ -39,6 +43,10 @@ class Options:
     statistics: bool = True
     save_imatrix: Path | None = None
     measure: bool = True
+    column_group: int = 0
+    load_order: str = "kl"
+    engine: str = "local"
+    address: str | None = None
     jobs: int = os.cpu_count() or 1
     resume: bool = False
     force: bool = False
@@ -50,32 +58,13 @@ def check_options(options: Options) -> None:
     Raises:
         UsageError: The tiers are no chain, or the first needs statistics that are switched off.
     """
-    check_tiers(options.tiers)
+    codec = CODECS[options.codec]
+    codec.check_tiers(options.tiers)
+    if options.column_group and options.codec != "bitstack":
+        raise UsageError(f"--column-group is for --codec bitstack, not for {options.codec}")
     lowest = options.tiers[0]
     if not options.statistics and lowest != SOURCE and TYPES[lowest].needs_imatrix:
         raise UsageError(
             f"tier {lowest} cannot be quantized without an importance matrix; leave "
             "--no-calibration out, or give --imatrix FILE"
         )
-
-
-def check_tiers(tiers: Sequence[str]) -> None:
-    """Check that ``tiers`` are a chain that a codec can build.
-
-    Raises:
-        UsageError: A tier is unknown, stands twice, is out of order, or cannot follow another.
-    """
-    for tier in tiers:
-        if tier != SOURCE and tier not in TYPES:
-            raise UnknownNameError("tier", tier, [*TYPES, SOURCE])
-    if not tiers or len(set(tiers)) != len(tiers) or SOURCE in tiers[:-1]:
-        raise UsageError(f"tiers {','.join(tiers)}: name each tier once, lowest first, source last")
-    for tier in tiers[1:]:
-        if tier != SOURCE and tier not in CHILDREN:
-            raise UsageError(
-                f"tier {tier} can only come first in a chain; tiers above another: "
-                f"{', '.join(CHILDREN)}"
-            )
-    bits = [row_bytes(tier, 256) for tier in tiers if tier != SOURCE]
-    if bits != sorted(bits):
-        raise UsageError(f"tiers {','.join(tiers)}: order them from few bits to many")

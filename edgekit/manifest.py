@@ -167,6 +167,8 @@ def _level_json(level: Level) -> Json:
         "offset": level.parts[0].offset,
         "bytes": level.end - level.parts[0].offset,
     }
+    if level.type:
+        row["type"] = level.type
     if len(level.parts) == 1:
         return row | {"sha256": level.parts[0].sha256}
     return row | {"experts": [[p.offset, p.n_bytes, p.sha256] for p in level.parts]}

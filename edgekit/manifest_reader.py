@@ -162,6 +162,7 @@ def _level(row: Json) -> Level:
         codec=_get(row, "codec", str),
         parts=_parts(row),
         loss=_number(row, "loss"),
+        type=_get({"type": ""} | row, "type", str),
     )
 
 
@@ -265,18 +266,19 @@ def _check(m: Manifest) -> None:
     """Facts that tie fields together: parts inside their files, orders that respect parents."""
     if not m.stacks:
         raise RefusedError(f"{MANIFEST_NAME}: the artifact has no tensors")
-    if not m.tiers or len(set(m.tiers)) != len(m.tiers) or set(m.tiers) - {*TYPES, SOURCE}:
-        raise RefusedError(f"{MANIFEST_NAME}: tiers {', '.join(m.tiers)[:200]!a} are no chain")
     if m.codec not in CODECS:
         raise UnsupportedError(
             f"{MANIFEST_NAME}: codec {m.codec[:40]!a} is unknown; known: {', '.join(CODECS)}"
         )
+    is_tier = CODECS[m.codec].is_tier
+    if not m.tiers or len(set(m.tiers)) != len(m.tiers) or not all(map(is_tier, m.tiers)):
+        raise RefusedError(f"{MANIFEST_NAME}: tiers {', '.join(m.tiers)[:200]!a} are no chain")
     for stack in m.stacks:
         if stack.tiers[-1] != SOURCE and SOURCE in stack.tiers:
             raise RefusedError(f"{MANIFEST_NAME}: {stack.name} has levels above {SOURCE}")
         for level in stack.levels:
             _check_level(m, stack, level)
-            _check_type(stack, level)
+            _check_type(m, stack, level)
         _check_base_parts(stack)
     for order in (m.stored_order, m.resident_order):
         _check_parents_first(m, order)
@@ -295,15 +297,16 @@ def _check_level(m: Manifest, stack: Stack, level: Level) -> None:
         )
 
 
-def _check_type(stack: Stack, level: Level) -> None:
+def _check_type(m: Manifest, stack: Stack, level: Level) -> None:
     """A type that ggml has, that holds rows of this length, and that the codec can lead to."""
     name = stack.type_at(level.tier)
     if name not in TYPES or stack.cols % TYPES[name].block:
         raise RefusedError(
             f"{MANIFEST_NAME}: {stack.name[:80]!a}, {stack.cols} columns, cannot be {name[:40]!a}"
         )
-    children = CODECS[level.codec].CHILDREN if level.codec in CODECS else ()
-    if not (level.codec == BASE_CODEC if level.parent is None else name in children):
+    is_base = level.parent is None
+    is_given = not is_base and level.codec == m.codec and CODECS[m.codec].gives(stack, level)
+    if not (level.codec == BASE_CODEC and not level.type if is_base else is_given):
         raise RefusedError(
             f"{MANIFEST_NAME}: codec {level.codec[:40]!a} gives no level {level.tier} of "
             f"{stack.name[:80]!a}"

@@ -10,14 +10,15 @@ import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from edgekit.codecs import CODECS
 from edgekit.errors import DoesNotFitError
 from edgekit.kernels.ggml import TYPES, row_bytes, type_for
 from edgekit.manifest import Order
 from edgekit.sizes import format_size
 from edgekit.stack import SOURCE, Level, Stack
 
-ResidentBytes = Callable[[Stack, str], int]  # bytes in memory at a tier
 LevelBytes = Callable[[Stack, int], int]  # cost in bytes of going from depth to depth + 1
+TierBytes = Callable[[Stack, str], int]  # bytes in memory at a tier
 
 
 def resident_bytes(stack: Stack, tier: str) -> int:
@@ -30,6 +31,13 @@ def resident_step(stack: Stack, depth: int) -> int:
     """Memory that level ``depth`` adds over the one below it."""
     tiers = stack.tiers
     return resident_bytes(stack, tiers[depth]) - resident_bytes(stack, tiers[depth - 1])
+
+
+def packed_bytes(stack: Stack, tier: str) -> int:
+    """Bytes in a runtime that computes with levels as they are stored, where the codec has such."""
+    codec = CODECS.get(stack.levels[-1].codec)
+    held = codec.held(stack, stack.depth_of(tier)) if codec is not None else ()
+    return sum(stack.levels[d].n_bytes for d in held) or resident_bytes(stack, tier)
 
 
 def stored_step(stack: Stack, depth: int) -> int:
@@ -47,8 +55,8 @@ class Step:
 
     @property
     def gain_per_byte(self) -> float:
-        """Loss removed per byte; a step that costs nothing comes first."""
-        return self.gain / self.n_bytes if self.n_bytes > 0 else float("inf")
+        """Loss removed per byte; a step that costs nothing and gains comes first."""
+        return _rate(self.gain, self.n_bytes)
 
 
 def hull_steps(stack: Stack, level_bytes: LevelBytes) -> Iterator[Step]:
@@ -68,8 +76,13 @@ def hull_steps(stack: Stack, level_bytes: LevelBytes) -> Iterator[Step]:
 
 
 def _slope(costs: Sequence[int], losses: Sequence[float], start: int, stop: int) -> float:
-    n_bytes, gain = costs[stop] - costs[start], losses[start] - losses[stop]
-    return gain / n_bytes if n_bytes > 0 else float("inf")
+    return _rate(losses[start] - losses[stop], costs[stop] - costs[start])
+
+
+def _rate(gain: float, n_bytes: int) -> float:
+    if n_bytes > 0:
+        return gain / n_bytes
+    return float("inf") if gain >= 0 else float("-inf")
 
 
 def load_order(stacks: Sequence[Stack], level_bytes: LevelBytes) -> Order:
@@ -83,6 +96,27 @@ def load_order(stacks: Sequence[Stack], level_bytes: LevelBytes) -> Order:
         order += [(level.tensor, level.tier) for level in step.levels]
         _push(heap, rank, rest)
     return tuple(order)
+
+
+def average_order(stacks: Sequence[Stack], level_bytes: LevelBytes) -> Order:
+    """Level by level over all tensors, each level sorted by what it alone takes off the loss.
+
+    What BitStack's authors call "average" (arXiv 2410.23918): any two tensors differ by at most one
+    level. They measure what a level takes off the perplexity; here it is its loss.
+    """
+    deepest = max(len(stack.levels) for stack in stacks)
+    order: list[tuple[str, str]] = []
+    for depth in range(1, deepest):
+        levels = [stack.levels[depth - 1 : depth + 1] for stack in stacks if stack.levels[depth:]]
+        levels.sort(key=lambda pair: pair[1].loss - pair[0].loss)
+        order += [(level.tensor, level.tier) for _, level in levels]
+    return tuple(order)
+
+
+LOAD_ORDERS: Mapping[str, Callable[[Sequence[Stack], LevelBytes], Order]] = {
+    "kl": load_order,
+    "average": average_order,
+}
 
 
 def _push(
@@ -116,6 +150,10 @@ def tier_at(stack: Stack, tier: str) -> str:
     """
     if len(stack.levels) == 1 and stack.levels[0].tier == SOURCE:
         return SOURCE
+    if tier in stack.tiers:
+        return tier
+    if tier not in TYPES and tier != SOURCE:
+        stack.depth_of(tier)
     wanted = tier if tier == SOURCE else type_for(tier, stack.cols)
     if wanted == stack.source_type:
         wanted = SOURCE
@@ -125,35 +163,40 @@ def tier_at(stack: Stack, tier: str) -> str:
     return wanted
 
 
-def uniform(stacks: Sequence[Stack], tier_of: Callable[[Stack], str]) -> Depths:
+def uniform(
+    stacks: Sequence[Stack],
+    tier_of: Callable[[Stack], str],
+    bytes_of: TierBytes = resident_bytes,
+) -> Depths:
     """The depths at which every tensor has the tier that ``tier_of`` names."""
     tiers = {stack.name: tier_of(stack) for stack in stacks}
-    return Depths(tiers, sum(resident_bytes(stack, tiers[stack.name]) for stack in stacks))
+    return Depths(tiers, sum(bytes_of(stack, tiers[stack.name]) for stack in stacks))
 
 
 def fill(
     stacks: Sequence[Stack],
     order: Order,
     weights_bytes: int,
-    resident: ResidentBytes = resident_bytes,
+    bytes_of: TierBytes = resident_bytes,
 ) -> Depths:
     """The depths that ``order`` reaches within ``weights_bytes`` of memory for weights.
 
     Levels that no longer fit are passed over, together with those that stand on them; a later,
-    smaller level of another tensor may still fit.
+    smaller level of another tensor may still fit. Of the depths reached each tensor has the one
+    with the least loss.
 
     Args:
         stacks: All tensors.
         order: Over the levels above 0.
         weights_bytes: For all of them.
-        resident: Bytes in memory of a tensor at a tier.
+        bytes_of: Bytes in memory of a tensor at a tier.
 
     Raises:
         DoesNotFitError: Not even level 0 of every tensor fits.
     """
     by_name = {stack.name: stack for stack in stacks}
     depth = dict.fromkeys(by_name, 0)
-    left = weights_bytes - sum(resident(stack, stack.tiers[0]) for stack in stacks)
+    left = weights_bytes - uniform(stacks, lambda stack: stack.tiers[0], bytes_of).weights_bytes
     if left < 0:
         raise DoesNotFitError(
             f"weights need {format_size(weights_bytes - left)} at the lowest depth, the budget "
@@ -164,9 +207,14 @@ def fill(
         stack = by_name[name]
         if depth[name] + 1 >= len(stack.tiers) or stack.tiers[depth[name] + 1] != tier:
             continue  # its parent was passed over
-        tiers = stack.tiers[depth[name] : depth[name] + 2]
-        cost = resident(stack, tiers[1]) - resident(stack, tiers[0])
+        cost = bytes_of(stack, tier) - bytes_of(stack, stack.tiers[depth[name]])
         if cost <= left:
             left -= cost
             depth[name] += 1
-    return uniform(stacks, lambda stack: stack.tiers[depth[stack.name]])
+    return uniform(stacks, lambda stack: _best_tier(stack, depth[stack.name]), bytes_of)
+
+
+def _best_tier(stack: Stack, depth: int) -> str:
+    """The tier up to level ``depth`` with the least loss; the highest of equal ones."""
+    best = min(range(depth + 1), key=lambda d: (stack.levels[d].loss, -d))
+    return stack.tiers[best]

@@ -14,7 +14,7 @@ from edgekit.exporters.file_types import file_type
 from edgekit.exporters.gguf import TensorInfo, header_bytes, padded, tensor_offsets
 from edgekit.exporters.gguf_values import Value, u32
 from edgekit.manifest import MANIFEST_NAME, FileRecord, Manifest, dumps
-from edgekit.planner import load_order, resident_step, stored_step
+from edgekit.planner import LOAD_ORDERS, resident_step, stored_step
 from edgekit.routing.gguf_keys import range_metadata
 from edgekit.spool import Spool, TensorRecord, write_atomically
 from edgekit.stack import SOURCE, Level, Part, Stack
@@ -96,6 +96,7 @@ def publish(
     tensors: Sequence[Encoded],
     metadata: dict[str, Value],
     facts: Manifest,
+    order: str = "kl",
 ) -> Manifest:
     """Write base and ``.levels`` into ``folder`` from the spool; return the whole manifest.
 
@@ -105,12 +106,14 @@ def publish(
         tensors: In the base's order.
         metadata: Key-value pairs of the base GGUF.
         facts: Everything about the artifact that does not depend on the files.
+        order: Key of `LOAD_ORDERS`.
     """
     stem = facts.name
     with HashingWriter(folder / f"{stem}-{_lowest(facts.tiers)}.gguf") as out:
         header, stacks = _write_base(out, spool, tensors, metadata, facts.codec)
         base = out.record
-    stored, resident = load_order(stacks, stored_step), load_order(stacks, resident_step)
+    sort = LOAD_ORDERS[order]
+    stored, resident = sort(stacks, stored_step), sort(stacks, resident_step)
     with HashingWriter(folder / f"{stem}.levels") as out:
         stacks = _write_levels(out, spool, tensors, stacks, stored)
         levels = out.record
@@ -167,7 +170,8 @@ def _sizes(tensor: Encoded, level: int) -> tuple[Part, ...]:
 def _level(tensor: Encoded, i: int, parts: tuple[Part, ...], codec: str) -> Level:
     record = tensor.record
     parent, codec = (None, BASE_CODEC) if i == 0 else (record.tiers[i - 1], codec)
-    return Level(record.name, record.tiers[i], parent, codec, parts, record.losses[i])
+    loss, kind = record.losses[i], record.types[i]
+    return Level(record.name, record.tiers[i], parent, codec, parts, loss, kind)
 
 
 def _write_levels(

@@ -9,9 +9,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from uuid import uuid4
 
 from edgekit.errors import UsageError
 
@@ -28,12 +30,14 @@ class TensorRecord:
         tiers: Tier of every level, lowest first.
         losses: Loss left at each tier.
         sizes: ``[expert][chunk][level]`` bytes, in file order.
+        types: ggml type of every tier that is none itself, else empty.
     """
 
     name: str
     tiers: tuple[str, ...]
     losses: tuple[float, ...]
     sizes: tuple[tuple[tuple[int, ...], ...], ...]
+    types: tuple[str, ...]
 
 
 class Spool:
@@ -101,13 +105,29 @@ class Spool:
             return None
         body = json.loads(path.read_text())
         sizes = tuple(tuple(tuple(chunk) for chunk in expert) for expert in body["sizes"])
-        return TensorRecord(body["name"], tuple(body["tiers"]), tuple(body["losses"]), sizes)
+        tiers, losses, types = (tuple(body[key]) for key in ("tiers", "losses", "types"))
+        return TensorRecord(body["name"], tiers, losses, sizes, types)
 
     def commit(self, index: int, record: TensorRecord) -> None:
-        """Make tensor ``index`` done: its data on disk first, then its record."""
-        with self.data_path(index).open("rb") as file:
-            os.fsync(file.fileno())
+        """Make tensor ``index`` done once `data_path` is whole and on disk."""
         write_atomically(self._record_path(index), json.dumps(asdict(record)).encode())
+
+    @contextmanager
+    def writing(self, index: int) -> Iterator[BinaryIO]:
+        """A file that becomes that of tensor ``index``, whole and on disk, when the block ends.
+
+        Two workers may write the same tensor, where one is taken for lost: the later one wins.
+        """
+        path = self.data_path(index)
+        partial = path.with_name(f"{path.name}.{uuid4().hex}")
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def pieces(self, index: int, record: TensorRecord, level: int, expert: int) -> Iterator[bytes]:
         """The chunks of one level of one expert, in order."""
@@ -124,7 +144,7 @@ class Spool:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a small file so that it is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{uuid4().hex}")
     with partial.open("wb") as file:
         file.write(data)
         file.flush()

@@ -31,12 +31,14 @@ class Level:
 
     Attributes:
         tensor: GGUF name of the tensor.
-        tier: ggml type reached (``Q4_K``), or ``source``.
+        tier: ggml type reached (``Q4_K``), ``source``, or a step of the codec `bitstack` (``B3``).
         parent: Tier this level needs, ``None`` for level 0, which lies in the base GGUF.
         codec: Codec that wrote the parts; ``ggml`` for level 0 (plain blocks).
         parts: One part, or one per expert, in file order.
         loss: Loss of quality left at this tier; 0 at ``source``. Unit: see the manifest's
             ``statistics``.
+        type: ggml type that the tensor becomes for llama.cpp at a tier that is none itself, else
+            empty.
     """
 
     tensor: str
@@ -45,6 +47,7 @@ class Level:
     codec: str
     parts: tuple[Part, ...]
     loss: float
+    type: str = ""
 
     @property
     def n_bytes(self) -> int:
@@ -98,7 +101,9 @@ class Stack:
 
     def type_at(self, tier: str) -> str:
         """The ggml type that the tensor's blocks have at ``tier``."""
-        return self.source_type if tier == SOURCE else tier
+        if tier == SOURCE:
+            return self.source_type
+        return next((lv.type for lv in self.levels if lv.tier == tier and lv.type), tier)
 
     def depth_of(self, tier: str) -> int:
         """How many levels must be loaded for ``tier``.

@@ -157,3 +157,21 @@ LAYOUTS: dict[str, Layout] = {
         Layout("Q6_K", 6, -32, (Plane(0, 4, 64), Plane(128, 2, 32, 4)), _q6_k_scales),
     )
 }
+
+
+def weights(type_name: str, blocks: ByteArray) -> F32Array:
+    """Turn blocks of a type in `LAYOUTS` into weights, the same float32 bits on every machine.
+
+    ggml's own ``to_float`` may fuse the multiplication and the addition.
+
+    Args:
+        type_name: A key of `LAYOUTS`.
+        blocks: uint8, whole blocks.
+
+    Returns:
+        float32 ``[n_weights]``, flat.
+    """
+    layout = LAYOUTS[type_name]
+    rows = np.ascontiguousarray(blocks).reshape(-1, layout.block_bytes)
+    scale, offset = (np.repeat(part, GROUP, axis=1) for part in layout.scales(rows))
+    return (layout.codes(rows).astype(np.float32) * scale + offset).reshape(-1)

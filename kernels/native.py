@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from edgekit.errors import RefusedError
-from edgekit.kernels.ggml import TYPES, ByteArray
+from edgekit.kernels.ggml import TYPES, ByteArray, F32Array
 from edgekit.kernels.nested_ref import FLOAT_STREAMS, FLOATS, n_streams
 from edgekit.kernels.packing_ref import Level, Packed, digit_bytes
 
@@ -81,6 +81,8 @@ class Native:
             getattr(library, f"nested_{name}").argtypes = [_Int, _Int, _Size, *[_Pointer] * 4]
             room = getattr(library, f"nested_{name}_room")
             room.argtypes, room.restype = [_Int, _Size], _Size
+        library.bitstack_add.argtypes = [*[_Size] * 4, *[_Pointer] * 4]
+        library.bitstack_add.restype = None
 
     def encode(
         self, parent_type: str, child_type: str, parent: ByteArray, child: ByteArray, n_rest: int
@@ -134,6 +136,31 @@ class Native:
                 "asks for; the level is corrupt or belongs to another parent"
             )
         return child
+
+    def add_signed_product(
+        self,
+        left: F32Array,
+        right: F32Array,
+        signs: ByteArray,
+        out: F32Array,
+        *,
+        rank: int,
+        group: int,
+    ) -> None:
+        """Add one level to ``out`` ``[rows, cols]``, which is C-contiguous, as all others become.
+
+        Args:
+            left: float32 ``[rows, groups * rank]``.
+            right: float32 ``[rank, cols]``.
+            signs: uint8 ``[rows, ceil(cols / 8)]``.
+            out: float32, changed in place.
+            rank: Of each group's factors.
+            group: Columns of a group.
+        """
+        assert out.flags.c_contiguous and out.dtype == np.float32
+        left, right, signs = map(np.ascontiguousarray, (left, right, signs))
+        pointers = (array.ctypes.data for array in (left, right, signs, out))
+        self._library.bitstack_add(*out.shape, rank, group, *pointers)
 
     def _level(self, packed: Level) -> tuple[object, _Level]:
         """The struct, and the arrays that it points to."""

@@ -20,11 +20,26 @@ from edgekit.sizes import format_size
 )
 @click.option(
     "--tiers",
-    default="Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q8_0,source",
-    show_default=True,
-    help="Lowest first.",
+    help="Lowest first. Default: Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q8_0,source; with --codec bitstack "
+    "Q2_K,B1,...,B8,source.",
 )
-@click.option("--codec", type=click.Choice(["nested"]), default="nested", show_default=True)
+@click.option(
+    "--codec", type=click.Choice(["nested", "bitstack"]), default="nested", show_default=True
+)
+@click.option(
+    "--column-group",
+    type=click.IntRange(0),
+    default=0,
+    help="With --codec bitstack: rank-1 factors for every so many columns; 0: one set of a higher "
+    "rank for all.",
+)
+@click.option(
+    "--load-order",
+    type=click.Choice(["kl", "average"]),
+    default="kl",
+    show_default=True,
+    help="By KL divergence per byte, or level by level as BitStack's authors sort.",
+)
 @click.option(
     "--prune",
     type=click.FloatRange(0, 1, max_open=True),
@@ -51,6 +66,14 @@ from edgekit.sizes import format_size
 @click.option(
     "--jobs", type=click.IntRange(1, 256), default=os.cpu_count(), show_default="all cores"
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="What encodes: threads of this machine, or a Ray cluster that sees the same paths.",
+)
+@click.option("--address", help="Of a running Ray cluster; default: one is started here.")
 @click.option("--resume", is_flag=True, help="Go on with the same conversion where it was stopped.")
 @options.force
 @options.dry_run
@@ -59,8 +82,10 @@ from edgekit.sizes import format_size
 def convert(
     checkpoint: Path,
     output: Path,
-    tiers: str,
+    tiers: str | None,
     codec: str,
+    column_group: int,
+    load_order: str,
     prune: float,
     calibration: Path | None,
     imatrix: Path | None,
@@ -68,6 +93,8 @@ def convert(
     save_imatrix: Path | None,
     no_measure: bool,
     jobs: int,
+    engine: str,
+    address: str | None,
     resume: bool,
     force: bool,
     dry_run: bool,
@@ -80,6 +107,7 @@ def convert(
         edgekit convert ./Llama-3.2-1B -o llama-edge
         edgekit convert ./Llama-3.2-1B -o llama-edge --tiers Q4_K,Q8_0,source --no-calibration
     """
+    from edgekit.codecs import CODECS
     from edgekit.convert import convert, preview
     from edgekit.convert_options import Options
 
@@ -88,8 +116,10 @@ def convert(
             "--calibration, --imatrix and --no-calibration exclude each other; give one"
         )
     chosen = Options(
-        tiers=tuple(tiers.replace(" ", "").split(",")),
+        tiers=tuple(tiers.replace(" ", "").split(",")) if tiers else CODECS[codec].tiers,
         codec=codec,
+        column_group=column_group,
+        load_order=load_order,
         prune=prune,
         calibration=calibration,
         imatrix=imatrix,
@@ -97,6 +127,8 @@ def convert(
         save_imatrix=save_imatrix,
         measure=not no_measure,
         jobs=jobs,
+        engine=engine,
+        address=address,
         resume=resume,
         force=force,
     )

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Protocol
 
 from edgekit.artifact import Artifact
+from edgekit.codecs import CODECS
 from edgekit.decode import Decoder, chunks_of
 from edgekit.errors import EdgekitError, RefusedError
 from edgekit.exporters.gguf import Gguf, tensor_offsets
@@ -75,7 +76,7 @@ class LevelStore:
         self._levels: OpenFile | None = None
         if manifest.levels.n_bytes:
             self._levels = OpenFile(artifact.folder / manifest.levels.name)
-        self._decoder = Decoder(self._part, n_kept=1)
+        self._decoder = Decoder(CODECS[artifact.manifest.codec], self._part, n_kept=1)
         self._checked: set[tuple[bool, Part]] = set()
         self._lock = Lock()
 

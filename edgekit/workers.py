@@ -1,0 +1,130 @@
+"""Where the jobs of a conversion run: threads of this process, or the workers of a Ray cluster.
+
+An engine is given the encoder, the tensors to encode in the order to begin them, and yields each
+one's number when it is done. Jobs do not depend on each other and leave their result in the spool,
+so that order, place and repetition of a job change nothing in it.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+from threadpoolctl import threadpool_limits
+
+from edgekit.encode import Encoder, Task, open_encoder
+from edgekit.errors import EdgekitError
+
+RETRIES = 5  # of a job whose worker is lost
+Engine = Callable[[Encoder, Task, Sequence[int], int, str | None], Iterator[int]]
+
+
+def encode_alone(encoder: Encoder, index: int) -> int:
+    """Encode a tensor with one thread of the linear algebra: its sums depend on their number."""
+    with _limits:
+        encoder.encode(index)
+    return index
+
+
+class _OneThread:
+    """One thread of the linear algebra while any job of this process runs."""
+
+    def __init__(self) -> None:
+        self._lock, self._n_inside = threading.Lock(), 0
+        self._limits: threadpool_limits | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._n_inside += 1
+            if self._limits is None:
+                self._limits = threadpool_limits(1, "blas")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._n_inside -= 1
+            if self._n_inside == 0 and self._limits is not None:
+                self._limits.restore_original_limits()
+                self._limits = None
+
+
+_limits = _OneThread()
+
+
+def run_local(
+    encoder: Encoder, task: Task, indices: Sequence[int], n_jobs: int, address: str | None
+) -> Iterator[int]:
+    """Run on ``n_jobs`` threads of this process."""
+    pool = ThreadPoolExecutor(n_jobs)
+    try:
+        for done in as_completed([pool.submit(encode_alone, encoder, i) for i in indices]):
+            yield done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def run_on_ray(
+    encoder: Encoder, task: Task, indices: Sequence[int], n_jobs: int, address: str | None
+) -> Iterator[int]:
+    """Run on the workers of a Ray cluster, each of which sees checkpoint and spool.
+
+    Args:
+        encoder: Of this process; workers open one of their own.
+        task: What they open.
+        indices: Tensors.
+        n_jobs: Processors of the cluster that is started where there is no address.
+        address: Of a running cluster, or ``None``.
+
+    Raises:
+        EdgekitError: Ray is not installed, or the cluster cannot be reached or lost a job for good.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise EdgekitError("--engine ray needs Ray; pip install 'edgekit[cluster]'") from error
+    started = not ray.is_initialized()
+    if started:
+        _join(ray, n_jobs, address)
+    try:
+        yield from _results(ray, task, indices)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise (
+            cause
+            if isinstance(cause, EdgekitError)
+            else EdgekitError(f"a job failed on the cluster: {cause}")
+        ) from error
+    except ray.exceptions.RayError as error:
+        raise EdgekitError(f"the cluster lost a job {RETRIES} times: {error}") from error
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _join(ray: Any, n_jobs: int, address: str | None) -> None:
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if address is None:
+            ray.init(num_cpus=n_jobs, include_dashboard=False, **quiet)
+        else:
+            ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        told = str(error).splitlines()[0]
+        raise EdgekitError(
+            f"no Ray cluster at {address or 'this machine'}: {told}; start one with: ray start "
+            "--head"
+        ) from error
+
+
+def _results(ray: Any, task: Task, indices: Sequence[int]) -> Iterator[int]:
+    remote = ray.remote(_remote_job).options(num_cpus=1, max_retries=RETRIES)
+    running = [remote.remote(task, index) for index in indices]
+    while running:
+        done, running = ray.wait(running)
+        yield from ray.get(done)
+
+
+def _remote_job(task: Task, index: int) -> int:
+    return encode_alone(open_encoder(task), index)
+
+
+ENGINES: Mapping[str, Engine] = {"local": run_local, "ray": run_on_ray}
