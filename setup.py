@@ -38,6 +38,7 @@ setup(
                     "nested",
                     "nested_float",
                     "packing",
+                    "slices",
                     "wide",
                     "wide_float",
                 )

@@ -8,7 +8,7 @@ enum { BAD_PATCH = 200 }; /* plus the stream */
 
 INLINE int is_float(int type) { return type == T_BF16 || type == T_F16 || type == T_F32; }
 
-EXPORT int nested_abi(void) { return 2; }
+EXPORT int nested_abi(void) { return 3; }
 
 /* Bytes of `room` that encoding or decoding n weights needs; *_encode and *_decode check nothing. */
 EXPORT size_t nested_encode_room(int child_type, size_t n) {

@@ -13,14 +13,16 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from edgekit.errors import RefusedError
 from edgekit.kernels.ggml import TYPES, ByteArray
 from edgekit.kernels.nested_ref import FLOAT_STREAMS, FLOATS, n_streams
 from edgekit.kernels.packing_ref import Level, Packed, digit_bytes
 
-ABI = 2  # as in level.c: a library left over from other sources is not used
+ABI = 3  # as in level.c: a library left over from other sources is not used
 BAD_PATCH = 200  # as in level.c
+F32Array = npt.NDArray[np.float32]
 _Pointer, _Size, _Int = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 
@@ -73,6 +75,7 @@ class Native:
             getattr(library, f"nested_{name}").argtypes = [_Int, _Int, _Size, *[_Pointer] * 4]
             room = getattr(library, f"nested_{name}_room")
             room.argtypes, room.restype = [_Int, _Size], _Size
+        library.slices_encode.argtypes = [_Size, _Int, _Int, _Size, *[_Pointer] * 5]
 
     def encode(
         self, parent_type: str, child_type: str, parent: ByteArray, child: ByteArray, n_rest: int
@@ -126,6 +129,20 @@ class Native:
                 "asks for; the level is corrupt or belongs to another parent"
             )
         return child
+
+    def slices(
+        self, weights: F32Array, importance: F32Array, tries: F32Array, low_bits: int
+    ) -> tuple[npt.NDArray[np.int8], F32Array]:
+        """Do `slices_ref.encode` for the scales to try; the lower scales come unrounded."""
+        n_blocks, size = weights.shape
+        arrays = [np.ascontiguousarray(a, np.float32) for a in (weights, importance, tries)]
+        codes, scales = np.empty((n_blocks, size), np.int8), np.empty((3, n_blocks), np.float32)
+        failed = self._library.slices_encode(
+            n_blocks, size, low_bits, len(tries), *(a.ctypes.data for a in arrays),
+            codes.ctypes.data, scales.ctypes.data,
+        )  # fmt: skip
+        assert not failed, f"blocks of {size} with a depth of {low_bits} bits are not compiled"
+        return codes, scales
 
     def _level(self, packed: Level) -> tuple[object, _Level]:
         """The struct, and the arrays that it points to."""
