@@ -1,9 +1,9 @@
 """A model's matrices as nested codes in data files, tensor by tensor, some rows at a time."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from edgekit.errors import RefusedError, UnsupportedError
 from edgekit.exporters.onnx_blocks import planes_of
-from edgekit.exporters.onnx_decoder import EMBEDDING, HEAD, STACKED, Array, Decoder
+from edgekit.exporters.onnx_decoder import EMBEDDING, HEAD, STACKED, Decoder
 from edgekit.exporters.onnx_store import DEPTHS, DataFile, Plane, Planes, Stored, data_name
 from edgekit.imatrix import Imatrix
 from edgekit.kernels import slices
@@ -116,8 +116,8 @@ class Sliced:
 
     Attributes:
         tensors: By name.
-        errors: Relative error of all matrices at each depth of `DEPTHS`: of the nested codes, and
-            of codes that were made for that depth alone.
+        errors: Relative error at each depth of `DEPTHS`, of all matrices that have all of them:
+            of the nested codes, and of codes that were made for that depth alone.
         files: Name, bytes and sha256 of each data file.
     """
 
@@ -159,7 +159,8 @@ def slice_model(
         for matrix in matrices:
             writer = _Writer(matrix, block, files)
             for coded in _coded(matrix, writer, imatrix, pool, ahead):
-                sums, energy = sums + coded.errors, energy + coded.energy
+                if writer.lowest == DEPTHS[0]:
+                    sums, energy = sums + coded.errors, energy + coded.energy
                 writer.add(coded)
             found[matrix.name] = writer.end()
             progress.advance(int(np.prod(matrix.shape)))
@@ -204,9 +205,7 @@ def _stack_of(name: str, by_name: Mapping[str, Source]):  # type: ignore[no-unty
     return prefix, None, True
 
 
-def _stacked_bias(
-    prefix: str, parts: Sequence[str], by_name: Mapping[str, Source]
-) -> F32Array:
+def _stacked_bias(prefix: str, parts: Sequence[str], by_name: Mapping[str, Source]) -> F32Array:
     """Biases of stacked matrices; zeros for one that has none."""
     found = []
     for part in parts:

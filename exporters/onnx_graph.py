@@ -143,6 +143,22 @@ class Graph:
         scales = self.half(_scales_name(name, weight.terms[-1]), weight.terms[-1].scales)
         return codes, scales, bits
 
+    def dequantized(self, name: str, weight: Quantized) -> str:
+        """All experts in float32, computed when the model loads: to compare with, not to ship."""
+        experts, rows, cols = weight.shape
+        blocks = weight.terms[0].codes.shape[2]
+        parts = []
+        for term in weight.terms:
+            fields = self._fields(self._rows(name, term), term.bits)
+            codes = self.op("Sub", fields, self.constant(1 << (term.bits - 1), "int32"))
+            wide = self.op("Cast", codes, to=TensorProto.FLOAT)
+            wide = self.reshaped(wide, experts, rows, blocks, weight.block)
+            scales = self.half(_scales_name(name, term), term.scales, term.factor)
+            column = self.op("Unsqueeze", scales, self.constant([3], "int64"))
+            parts.append(self.op("Mul", wide, column))
+        whole = parts[0] if len(parts) == 1 else self.op("Sum", *parts)
+        return self.reshaped(whole, experts, rows, cols)
+
     def _rows(self, name: str, term: Term) -> str:
         experts, rows, blocks, n_bytes = term.codes.shape
         return self.stored(_codes_name(name, term), term.codes, (experts, rows, blocks * n_bytes))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgekit.exporters.onnx_decoder import Array, Decoder, Quantized, Rotation, Weights
-from edgekit.exporters.onnx_graph import CONTRIB, Graph
+from edgekit.exporters.onnx_graph import CONTRIB, FAST, Graph
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Layers:
             "swiglu_fusion": 1,
             "normalize_routing_weights": 1,
         }
-        if isinstance(matrices[0], Array):
+        if isinstance(matrices[0], Array) or self.graph.accuracy_level != FAST:
             y = self._float_experts(rows, scores, names, attrs)
         else:
             y = self._quantized_experts(rows, scores, names, attrs)
@@ -161,11 +161,13 @@ class Layers:
         return str(self.graph.op("ReduceSum", chosen, self.graph.constant([1], "int64")))
 
     def _float_experts(self, x: str, scores: str, names: list[str], attrs: dict[str, Any]) -> str:
-        stored = []
-        for name in names:
-            weight = self.weights[name]
-            assert isinstance(weight, Array)
-            stored.append(self.graph.stored(name, weight))
+        weights = [(name, self.weights[name]) for name in names]
+        stored = [
+            self.graph.stored(name, weight)
+            if isinstance(weight, Array)
+            else self.graph.dequantized(name, weight)  # QMoE rounds activations at 8 and 2 bits
+            for name, weight in weights
+        ]
         ends = [scores, stored[0], "", stored[1]]
         return str(self.graph.op("MoE", x, *ends, domain=CONTRIB, **attrs))
 

@@ -7,7 +7,16 @@ from edgekit.kernels import slices_ref
 from edgekit.kernels.native import native
 from edgekit.kernels.slices_ref import F32Array, Slices
 
-__all__ = ["BLOCKS", "F32Array", "Slices", "compared", "dedicated", "dequantized", "encode", "plain"]
+__all__ = [
+    "BLOCKS",
+    "F32Array",
+    "Slices",
+    "compared",
+    "dedicated",
+    "dequantized",
+    "encode",
+    "plain",
+]
 
 BLOCKS = (32, 64, 128)  # weights that share a scale: those that ONNX Runtime has 2-bit kernels for
 # Of the scale at which the largest weight just fits: few bits gain by clipping some weights

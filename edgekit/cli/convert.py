@@ -26,6 +26,20 @@ from edgekit.sizes import format_size
 )
 @click.option("--codec", type=click.Choice(["nested"]), default="nested", show_default=True)
 @click.option(
+    "--format",
+    "formats",
+    default="gguf",
+    show_default=True,
+    help="gguf for llama.cpp, onnx for ONNX Runtime, gguf,onnx for both.",
+)
+@click.option(
+    "--block-size",
+    type=click.Choice(["32", "64", "128"]),
+    default="64",
+    show_default=True,
+    help="ONNX: weights that share a scale.",
+)
+@click.option(
     "--prune",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.0,
@@ -61,6 +75,8 @@ def convert(
     output: Path,
     tiers: str,
     codec: str,
+    formats: str,
+    block_size: str,
     prune: float,
     calibration: Path | None,
     imatrix: Path | None,
@@ -79,6 +95,7 @@ def convert(
     \b
         edgekit convert ./Llama-3.2-1B -o llama-edge
         edgekit convert ./Llama-3.2-1B -o llama-edge --tiers Q4_K,Q8_0,source --no-calibration
+        edgekit convert ./Llama-3.2-1B -o llama-edge --format onnx --no-calibration
     """
     from edgekit.convert import convert, preview
     from edgekit.convert_options import Options
@@ -90,6 +107,8 @@ def convert(
     chosen = Options(
         tiers=tuple(tiers.replace(" ", "").split(",")),
         codec=codec,
+        formats=tuple(formats.replace(" ", "").split(",")),
+        block_size=int(block_size),
         prune=prune,
         calibration=calibration,
         imatrix=imatrix,
@@ -112,7 +131,8 @@ def convert(
         (tier, format_size(row["bytes"]), f"{row['bits_per_weight']:.2f}")
         for tier, row in report.tiers.items()
     ]
-    print_table("Weights in memory", ("tier", "bytes", "bits per weight"), rows)
+    if rows:
+        print_table("Weights in memory", ("tier", "bytes", "bits per weight"), rows)
     share = report.artifact_bytes / report.source_bytes
     verb = "would be" if dry_run else "is"
     note(

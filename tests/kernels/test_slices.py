@@ -39,11 +39,11 @@ def test_planes_of_two_and_four_bits_hold_every_code(low_bits):
     q8 = slices.encode(weights, importance, low_bits).codes.astype(int)
     q4 = (q8 + 8) // 16
     q2 = (q4 + 2) // 4
-    assert -8 <= (q8 - 16 * q4).min() and (q8 - 16 * q4).max() <= 7
-    assert -8 <= q4.min() and q4.max() <= 7
+    assert (q8 - 16 * q4).min() >= -8 and (q8 - 16 * q4).max() <= 7
+    assert q4.min() >= -8 and q4.max() <= 7
     if low_bits == 2:
-        assert -2 <= (q4 - 4 * q2).min() and (q4 - 4 * q2).max() <= 1
-        assert -2 <= q2.min() and q2.max() <= 1
+        assert (q4 - 4 * q2).min() >= -2 and (q4 - 4 * q2).max() <= 1
+        assert q2.min() >= -2 and q2.max() <= 1
 
 
 @pytest.mark.parametrize("low_bits", [2, 4])
