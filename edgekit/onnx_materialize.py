@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.arch.decoder import Decoder
 from edgekit.disk import disk_full_reported, require_free
 from edgekit.errors import UsageError
 from edgekit.exporters.onnx_blocks import composed
 from edgekit.exporters.onnx_configs import CONFIG, GENAI, carried_files, config_json, genai_json
-from edgekit.exporters.onnx_decoder import Array, Quantized, Term
+from edgekit.exporters.onnx_decoder import Array, Decoder, Quantized, Term
 from edgekit.exporters.onnx_store import DataFile, Planes
 from edgekit.onnx_artifact import OnnxArtifact
 from edgekit.onnx_export import folder_bytes
@@ -101,8 +100,11 @@ def write_folder(
     weights: dict[str, Array | Quantized] = {}
     with DataFile(inner / DATA) as file:
         for name, item in artifact.part.store.items():
-            write = _written_matrix if isinstance(item, Planes) else _copied
-            weights[name] = write(artifact, item, depth, file)  # type: ignore[operator]
+            if isinstance(item, Planes):
+                weights[name] = _written_matrix(artifact, item, depth, file)
+            else:
+                values = artifact.read(item.place).view(np.float32)
+                weights[name] = file.write(values.reshape(item.shape))
     write_graph(inner / MODEL, decoder, weights)
     if has_keep:
         write_graph(inner / MODEL_KEEP, decoder, weights, has_keep=True)
@@ -117,11 +119,6 @@ def _small_files(artifact: OnnxArtifact, decoder: Decoder) -> dict[str, bytes]:
         GENAI: genai_json(decoder, config, artifact.files, f"onnx/{MODEL}"),
         **carried_files(artifact.files),
     }
-
-
-def _copied(artifact: OnnxArtifact, item: Array, depth: int, file: DataFile) -> Array:
-    values = artifact.read(item.place).view(np.float32).reshape(item.shape)
-    return file.write(values)
 
 
 def _written_matrix(artifact: OnnxArtifact, item: Planes, depth: int, file: DataFile) -> Quantized:

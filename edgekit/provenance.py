@@ -28,17 +28,23 @@ def source_files(checkpoint: Checkpoint) -> list[Json]:
     """Name, bytes and sha256 of the checkpoint's weight, config and tokenizer files."""
     rows: list[Json] = []
     for entry in sorted(checkpoint.folder.iterdir()):
-        path = contained(checkpoint.folder, entry.name) if entry.suffix in SUFFIXES else None
-        if path is None:
-            continue
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        rows.append(
-            {"name": entry.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-        )
+        found = file_hash(checkpoint.folder, entry.name) if entry.suffix in SUFFIXES else None
+        if found is not None:
+            n_bytes = entry.stat().st_size
+            rows.append({"name": entry.name, "bytes": n_bytes, "sha256": found})
     return rows
+
+
+def file_hash(folder: Path, name: str) -> str | None:
+    """sha256 of a file of a checkpoint; None where there is none."""
+    path = contained(folder, name)
+    if path is None:
+        return None
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def tool_versions(command: Sequence[str]) -> Json:

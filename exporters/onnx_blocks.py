@@ -9,7 +9,10 @@ I8Array = npt.NDArray[np.int8]
 # For every byte of codes of 2 or 4 bits: the same codes, each in twice the bits
 _CRUMBS = np.array([sum((b >> 2 * i & 3) << 4 * i for i in range(4)) for b in range(256)], "<u2")
 _NIBBLES = np.array([(b & 15) | (b >> 4) << 8 for b in range(256)], "<u2")
-_WIDER = {2: (_CRUMBS, np.uint16(4), np.uint16(0x2222)), 4: (_NIBBLES, np.uint16(16), np.uint16(0x0808))}  # fmt: skip
+_WIDER = {
+    2: (_CRUMBS, np.uint16(4), np.uint16(0x2222)),
+    4: (_NIBBLES, np.uint16(16), np.uint16(0x0808)),
+}
 
 
 def planes_of(codes: I8Array, lowest: int) -> tuple[U8Array, ...]:

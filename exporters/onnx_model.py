@@ -1,4 +1,4 @@
-"""A decoder's whole graph, with the inputs and outputs that genai, Optimum and transformers.js use."""
+"""A decoder's whole graph; inputs and outputs as genai, Optimum and transformers.js have them."""
 
 import onnx
 from onnx import TensorProto, helper
@@ -80,8 +80,8 @@ def _model(graph: Graph, decoder: Decoder, has_keep: bool) -> onnx.ModelProto:
     heads, width = decoder.n_kv_heads, decoder.head
     for layer in range(decoder.n_layers):
         for part in ("key", "value"):
-            before = [batch, heads, past, width]
-            after = [batch, heads, total, width]
+            before: list[str | int | None] = [batch, heads, past, width]
+            after: list[str | int | None] = [batch, heads, total, width]
             inputs.append(value(f"past_key_values.{layer}.{part}", floats, before))
             outputs.append(value(f"present.{layer}.{part}", floats, after))
     if has_keep:

@@ -131,7 +131,7 @@ class DataFile:
 
     def append(self, array: npt.NDArray[Any]) -> None:
         """Append an array's bytes."""
-        self._append(memoryview(np.ascontiguousarray(array)).cast("B"))
+        self._append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def end(self, start: int) -> Place:
         """What was appended since ``start``."""

@@ -53,7 +53,7 @@ def plain(weights: F32Array, low_bits: int) -> Slices:
 def dequantized(found: Slices) -> dict[int, F32Array]:
     """The weights of depths 2, 4 and 8, float32 ``[blocks, size]``."""
     four, two = slices_ref.sliced(found.codes)
-    codes = {8: found.codes, 4: four, 2: two}
+    codes = {8: found.codes.astype(np.int32), 4: four, 2: two}
     return {
         depth: (scale[:, None] * codes[depth].astype(np.float32)).astype(np.float32)
         for depth, scale in zip((8, 4, 2), found.scales, strict=True)

@@ -1,9 +1,9 @@
 """Nested symmetric codes in numpy: the definition that the compiled code must equal.
 
 A master code ``q8`` holds the codes of the lower depths in its leading bits, rounded, not cut:
-``q4 = (q8 + 8) >> 4`` and ``q2 = (q4 + 2) >> 2``. The residuals ``q8 - 16*q4`` and ``q4 - 4*q2`` fit
-four and two bits if ``q8`` stays in -128..87, or in -128..119 where no depth is below four bits.
-A depth's weights are its codes times a scale per block and depth.
+``q4 = (q8 + 8) >> 4`` and ``q2 = (q4 + 2) >> 2``. The residuals ``q8 - 16*q4`` and ``q4 - 4*q2``
+fit four and two bits if ``q8`` stays in -128..87, or in -128..119 where no depth is below four
+bits. A depth's weights are its codes times a scale per block and depth.
 
 Codes are chosen jointly, as MatGPTQ does (arXiv:2602.03537): over all legal master codes, the least
 sum of the weighted square errors at all depths. Departures: errors are weighted by the importance

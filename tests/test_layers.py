@@ -32,7 +32,7 @@ LAYERS = (
     {"evaluate", "onnx_export"},
     {"convert_report", "onnx_materialize"},
     {"measure", "pruning", "reserve"},
-    {"convert", "inspect", "materialize", "report", "surrender"},
+    {"convert", "export", "inspect", "materialize", "report", "surrender", "verify"},
     {"engine", "prune_report"},
     {"session"},
     {"loader"},

@@ -12,6 +12,7 @@ import click
 from edgekit import __version__
 from edgekit.cli.convert import convert
 from edgekit.cli.evaluate import evaluate
+from edgekit.cli.export import export
 from edgekit.cli.inspect import inspect, verify
 from edgekit.cli.materialize import materialize
 from edgekit.cli.plan import plan
@@ -102,5 +103,5 @@ def main() -> None:
     """
 
 
-for command in (convert, plan, run, materialize, evaluate, prune, inspect, verify):
+for command in (convert, plan, run, materialize, export, evaluate, prune, inspect, verify):
     main.add_command(command)
