@@ -3,14 +3,19 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from edgekit.artifact import open_artifact
+from edgekit.catalog import read_manifest
 from edgekit.devices.memory import held_bytes
 from edgekit.engine import RESIDENCIES, Residency, Settings
 from edgekit.errors import UnknownNameError, UsageError
 from edgekit.llama import system_info
+from edgekit.onnx_session import OnnxSettings, load_onnx
 from edgekit.progress import Progress, Silent
 from edgekit.session import Session, Wish
+
+RUNTIMES = ("llama", "onnx")
 
 
 @contextmanager
@@ -24,6 +29,7 @@ def load(
     follow: bool = True,
     repack: bool = False,
     progress: Progress | None = None,
+    runtime: str = "llama",
 ) -> Iterator[Session]:
     """Load the artifact in ``path`` at the best depth within ``budget`` bytes; a context manager.
 
@@ -39,11 +45,20 @@ def load(
         repack: Let llama.cpp lay weights out for its fastest kernels where that fits the budget
             too; the weights are decoded into memory then.
         progress: Told how far each load is.
+        runtime: ``llama``, or ``onnx``, which has its own cache in float32 and changes depth when
+            it is asked to only: ``kv_type``, ``residency``, ``follow`` and ``repack`` are llama's.
 
     Raises:
         DoesNotFitError: Not even the lowest depth fits.
         RefusedError: The artifact is corrupt.
     """
+    if runtime not in RUNTIMES:
+        raise UnknownNameError("runtime", runtime, RUNTIMES)
+    if runtime == "onnx":
+        options = OnnxSettings(n_threads, progress=progress or Silent())
+        with load_onnx(Path(path), budget, context, options) as loaded:
+            yield cast(Session, loaded)  # the same interface
+        return
     if residency not in RESIDENCIES:
         raise UnknownNameError("residency", residency, RESIDENCIES)
     if repack and residency == "mapped":
@@ -58,3 +73,8 @@ def load(
             yield session
         finally:
             session.close()
+
+
+def runtime_of(folder: Path) -> str:
+    """The runtime that an artifact was made for: ``llama`` where it has a GGUF."""
+    return "llama" if read_manifest(folder).has_gguf else "onnx"

@@ -16,7 +16,8 @@ from edgekit.errors import DoesNotFitError, EdgekitError, MemoryShortError, Usag
 from edgekit.footprint import PROCESS_BYTES
 from edgekit.governor import Governor, Home
 from edgekit.llama import Context, Generation, Message, Model, Sampling, chat_prompt, generate
-from edgekit.plan import Plan, plan_budget, with_repacking
+from edgekit.manifest import Json
+from edgekit.plan import Plan, plan_budget, plan_json, with_repacking
 from edgekit.sizes import format_size
 from edgekit.surrender import surrender
 
@@ -209,6 +210,10 @@ class Session:
                 )
             time.sleep(POLL_SECONDS)
             self._follow(self._governor, read_pressure(), need)
+
+    def plan_json(self) -> Json:
+        """What is loaded, as one JSON object."""
+        return plan_json(self.artifact, self.plan)
 
     def close(self) -> None:
         """Free everything; twice is once."""

@@ -15,6 +15,7 @@ from edgekit.sizes import format_size
 @options.budget_auto
 @options.context
 @options.kv_type
+@options.runtime
 @options.as_json
 @options.verbose
 def plan(
@@ -22,6 +23,7 @@ def plan(
     budget: int | None,
     context: int | None,
     kv_type: str,
+    runtime: str | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -31,16 +33,22 @@ def plan(
         edgekit plan llama-edge --budget 1.2GiB --context 2048
     """
     from edgekit.catalog import open_catalog
+    from edgekit.loader import runtime_of
+    from edgekit.onnx_plan import onnx_plan_json, open_part, plan_onnx
     from edgekit.plan import plan_budget, plan_json
 
-    catalog = open_catalog(artifact)
     if budget is None:
         from edgekit.devices.memory import auto_budget
 
         found = auto_budget()
         budget = found.n_bytes
         note(f"budget {format_size(budget)}: {found.source}")
-    body = plan_json(catalog, plan_budget(catalog, budget, context, kv_type))
+    if (runtime or runtime_of(artifact)) == "onnx":
+        part = open_part(artifact)
+        body = onnx_plan_json(part, plan_onnx(part, budget, context))
+    else:
+        catalog = open_catalog(artifact)
+        body = plan_json(catalog, plan_budget(catalog, budget, context, kv_type))
     if as_json:
         print_json(body)
         return

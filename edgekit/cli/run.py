@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     help="Let llama.cpp lay weights out for its fastest kernels, where that fits the budget too.",
 )
 @click.option("--threads", type=click.IntRange(1, 512), help="Threads; default: physical cores.")
+@options.runtime
 @options.as_json
 @options.verbose
 def run(
@@ -79,6 +80,7 @@ def run(
     follow: bool,
     repack: bool,
     threads: int | None,
+    runtime: str | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -89,6 +91,7 @@ def run(
 
     \b
         edgekit run llama-edge --budget 1.2GiB -p "Once upon a time" -n 64
+        edgekit run llama-edge --runtime onnx --budget 1.2GiB -p "Once upon a time"
     """
     if as_json and prompt is None:
         raise UsageError("--json answers one prompt; give it with -p")
@@ -96,7 +99,7 @@ def run(
     from edgekit.cli.chat import Chat
     from edgekit.devices.memory import auto_budget
     from edgekit.llama import Sampling
-    from edgekit.loader import load
+    from edgekit.loader import load, runtime_of
 
     if budget is None:
         found = auto_budget()
@@ -105,7 +108,16 @@ def run(
     with (
         progress_bars() as progress,
         load(
-            artifact, budget, context, kv_type, threads, residency, follow, repack, progress
+            artifact,
+            budget,
+            context,
+            kv_type,
+            threads,
+            residency,
+            follow,
+            repack,
+            progress,
+            runtime=runtime or runtime_of(artifact),
         ) as session,
     ):
         child.needs(session.plan.total_bytes, session.plan.budget_bytes or 0)
@@ -162,7 +174,6 @@ def _tell_times(generation: "Generation") -> None:
 
 def _report(session: "Session", generation: "Generation", text: str) -> dict[str, Any]:
     from edgekit.devices.memory import peak_rss_bytes
-    from edgekit.plan import plan_json
 
     times = generation.timings
     return {
@@ -175,5 +186,5 @@ def _report(session: "Session", generation: "Generation", text: str) -> dict[str
         "load_seconds": round(session.load_seconds, 3),
         "peak_rss_bytes": peak_rss_bytes(),
         "changes": [asdict(change) for change in session.changes],
-        "plan": plan_json(session.artifact, session.plan),
+        "plan": session.plan_json(),
     }

@@ -122,7 +122,7 @@ def generate(
     generation = Generation()
     run = _Run(between or (lambda _: context), context, generation)
     tokens = run.draw(prompt, n, sampling or Sampling())
-    generation.pieces = _until_stop(run.text(tokens), stop, generation)
+    generation.pieces = until_stop(run.text(tokens), stop, generation)
     return generation
 
 
@@ -201,9 +201,7 @@ def _chain(sampling: Sampling) -> Iterator[int]:
         lib.llama_sampler_free(chain)
 
 
-def _until_stop(
-    pieces: Iterator[str], stop: Sequence[str], generation: Generation
-) -> Iterator[str]:
+def until_stop(pieces: Iterator[str], stop: Sequence[str], generation: Generation) -> Iterator[str]:
     """Hold back what may be the beginning of a stop text."""
     held = ""
     for piece in pieces:
