@@ -21,7 +21,8 @@ FOLDERS = ("edgekit", "devices", "exporters", "kernels")
 LAYERS = (
     {"errors"},
     {"kernels", "progress", "safetensors_header", "samples", "sizes", "spool", "stack"},
-    {"cache", "checkpoint", "codecs", "devices", "disk", "exporters", "sensitivity"},
+    {"checkpoint"},
+    {"cache", "codecs", "devices", "disk", "exporters", "sensitivity"},
     {"governor", "onnx_part", "receipts"},
     {"arch", "encode", "imatrix", "llama", "manifest"},
     {"convert_options", "float_model", "manifest_reader", "provenance", "slicing", "text"},
