@@ -22,8 +22,10 @@ KV_TYPE = "f32"
 BATCHES = (128, 32, 8)  # tokens of a prompt computed at once
 # Resident without a model: Python, numpy, the command line, onnxruntime, tokenizers, genai
 PROCESS_BYTES = 86 << 20
-MODEL_BYTES = 12 << 20  # the session's graph and the tokenizer, and its vocabulary:
-BYTES_PER_TOKEN = 700
+MODEL_BYTES = 12 << 20  # the session's graph and plans
+BYTES_PER_TOKENIZER_BYTE = 10  # tables of tokenizer.json
+BYTES_PER_BLOCK = 12  # its scale as an initializer, in the packed codes, and times the codes' sum
+COMPUTE_FACTOR = 1.5  # of the activations that a formula counts: what stays free between them
 COMPUTE_SHARE = 1 / 16  # of a budget; a larger batch reads prompts faster
 
 
@@ -65,7 +67,7 @@ def plan_depth(
     weights = weights_bytes(part, depth)
     bits = 8 * part.depth_bytes(depth) / part.n_weights
     tiers = {matrix.name: f"{matrix.depth(depth)}bit" for matrix in part.matrices}
-    memory = memory_of(part, n_ctx, batch, held)
+    memory = memory_of(part, depth, n_ctx, batch, held)
     depths = Depths(tiers, weights)
     return Plan(budget, n_ctx, batch, KV_TYPE, memory, depths, bits, None, held)
 
@@ -95,23 +97,33 @@ def weights_bytes(part: OnnxPart, depth: int) -> int:
 
 
 def resident_bytes(part: OnnxPart, matrix: Planes, depth: int) -> int:
-    """Codes as they are packed, and scales in float32."""
-    is_head = HEAD not in part.store
-    if matrix.name == EMBEDDING and not is_head:
+    """Codes as they are packed, and scales."""
+    if matrix.name == EMBEDDING and HEAD in part.store:
         return 2 * matrix.scale_bytes  # rows are looked up in the mapped file
-    return matrix.code_bytes(matrix.depth(depth)) + 2 * matrix.scale_bytes
+    n_blocks = matrix.scale_bytes // 2
+    return matrix.code_bytes(matrix.depth(depth)) + BYTES_PER_BLOCK * n_blocks
 
 
-def memory_of(part: OnnxPart, context: int, batch: int, held: int | None = None) -> Memory:
-    """What a process needs besides weights."""
+def memory_of(
+    part: OnnxPart, depth: int, context: int, batch: int, held: int | None = None
+) -> Memory:
+    """What a process needs besides weights.
+
+    While a model is loaded the largest matrix is there twice, mapped and packed, but cache and
+    buffers are not yet.
+    """
     f = part.facts
     kv = 2 * 4 * f.n_layers * f.n_kv_heads * f.head * context
     qkv = (f.n_heads + 2 * f.n_kv_heads) * f.head
     width = 4 * f.hidden + 2 * qkv + 4 * f.feed_forward  # floats per token at once
     scores = f.n_heads * min(batch, context) * context
-    compute = 4 * (min(batch, context) * width + f.vocab * 2 + scores)
+    floats = min(batch, context) * width + 2 * f.vocab + scores
+    compute = round(COMPUTE_FACTOR * 4 * floats)
+    largest = max(matrix.code_bytes(matrix.depth(depth)) for matrix in part.matrices)
     process = PROCESS_BYTES if held is None else held
-    return Memory(kv, compute, process + MODEL_BYTES + BYTES_PER_TOKEN * f.vocab)
+    tokenizer = sum(r.n_bytes for r in part.files if r.name == "tokenizer.json")
+    model = MODEL_BYTES + BYTES_PER_TOKENIZER_BYTE * tokenizer
+    return Memory(kv, compute, process + model + max(0, largest - kv - compute))
 
 
 def _too_small(part: OnnxPart, plan: Plan, held: int | None) -> str:
