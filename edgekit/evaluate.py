@@ -191,16 +191,28 @@ def evaluate(source: Source, reference: Reference, *, n_threads: int | None = No
     Raises:
         UsageError: The model has another vocabulary than the reference.
     """
-    nll, kls, agree, at = _Mean(), list[F64Array](), _Mean(), 0
     with open_model(source) as model:
         _check_same_tokens(model, reference)
-        for rows in _run(model, reference.sequences, n_threads):
-            theirs = reference.logits[at : at + len(rows)]
-            nll.add(_nll(rows, reference.sequences.targets[at : at + len(rows)]))
-            kls.append(kl_divergence(theirs, rows))
-            agree.add((theirs.argmax(1) == rows.argmax(1)).astype(np.float64))
-            at += len(rows)
-        weights_bytes = model.weights_bytes
+        rows = _run(model, reference.sequences, n_threads)
+        return compare(rows, reference, model.weights_bytes)
+
+
+def compare(rows: Iterator[F32Array], reference: Reference, weights_bytes: int) -> Quality:
+    """Compare logits with those of a reference that has run.
+
+    Args:
+        rows: float32 ``[n, vocab]``, some scored positions of the reference's sequences at a time,
+            in order.
+        reference: Open.
+        weights_bytes: Of the model that gave them.
+    """
+    nll, kls, agree, at = _Mean(), list[F64Array](), _Mean(), 0
+    for block in rows:
+        theirs = reference.logits[at : at + len(block)]
+        nll.add(_nll(block, reference.sequences.targets[at : at + len(block)]))
+        kls.append(kl_divergence(theirs, block))
+        agree.add((theirs.argmax(1) == block.argmax(1)).astype(np.float64))
+        at += len(block)
     kl = np.concatenate(kls)
     return Quality(
         n_tokens=at,

@@ -1,6 +1,6 @@
 """Measure what budgets buy: an artifact's KL divergence and perplexity, at one depth or a dozen."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -52,6 +52,8 @@ def evaluate_path(
     budget: int | None = None,
     reference: Path | None = None,
     context: int = CONTEXT,
+    runtime: str = "llama",
+    device: str = "cpu",
 ) -> Quality:
     """Score an artifact or a GGUF on a text.
 
@@ -64,28 +66,43 @@ def evaluate_path(
         reference: GGUF, checkpoint or artifact to compare with; ``None`` takes an artifact's own
             highest depth, and compares a GGUF with nothing.
         context: Tokens per chunk.
+        runtime: Key of `RUNTIMES`: what runs the model; the reference always runs in llama.cpp, or
+            in float32 where it is a checkpoint.
+        device: Where ``runtime`` runs it.
 
     Raises:
-        UsageError: A tier or budget is given for a GGUF, or the two models have other tokens.
+        UsageError: A tier, budget or another runtime than llama.cpp is given for a GGUF, or the two
+            models have other tokens.
     """
     words = read_text(text)
     with ExitStack() as stack:
-        if model.is_dir():
-            artifact = stack.enter_context(open_artifact(model))
-            depths = _depths(artifact, tier, budget)
-            source: Source = stack.enter_context(Assembly(artifact, depths))
-            highest = highest_depths(artifact)
-            other: Source | None = stack.enter_context(Assembly(artifact, highest))
-        elif tier is None and budget is None:
-            source, other = model, None
-        else:
-            raise UsageError(f"{model} has one depth; --tier and --budget are for artifacts")
-        if reference is not None:
-            other = _source(reference, stack)
-        if other is None:
-            return perplexity(source, words, context=context)
-        opened = stack.enter_context(Reference.open(other, words, context=context))
-        return evaluate(source, opened)
+        if not model.is_dir():
+            if tier is not None or budget is not None or runtime != "llama":
+                raise UsageError(
+                    f"{model} has one depth, for llama.cpp; --tier, --budget and --runtime are for "
+                    "artifacts"
+                )
+            if reference is None:
+                return perplexity(model, words, context=context)
+            other = Reference.open(_source(reference, stack), words, context=context)
+            return evaluate(model, stack.enter_context(other))
+        artifact = stack.enter_context(open_artifact(model))
+        depths = _depths(artifact, tier, budget)
+        highest = stack.enter_context(Assembly(artifact, highest_depths(artifact)))
+        source = highest if reference is None else _source(reference, stack)
+        opened = stack.enter_context(Reference.open(source, words, context=context))
+        return RUNTIMES[runtime](artifact, depths, opened, device)
+
+
+def _in_llama(artifact: Artifact, depths: Depths, reference: Reference, device: str) -> Quality:
+    if device != "cpu":
+        raise UsageError(f"llama.cpp runs on the CPU here, not on {device}; leave --device out")
+    with Assembly(artifact, depths) as source:
+        return evaluate(source, reference)
+
+
+Run = Callable[[Artifact, Depths, Reference, str], Quality]
+RUNTIMES: Mapping[str, Run] = {"llama": _in_llama}  # what a depth can be evaluated with
 
 
 def _depths(artifact: Artifact, tier: str | None, budget: int | None) -> Depths:

@@ -14,11 +14,13 @@ from tiny_gguf import write_tiny_llama
 
 from edgekit.arch import map_checkpoint
 from edgekit.checkpoint import Checkpoint
+from edgekit.cli.evaluate import evaluate as evaluate_command
 from edgekit.errors import DiskFullError, UsageError
 from edgekit.evaluate import Quality, Reference, evaluate, kl_divergence, perplexity
 from edgekit.exporters.gguf import TensorInfo, write_gguf
 from edgekit.exporters.tokenizer import tokenizer_metadata
 from edgekit.llama import MemoryFile
+from edgekit.measure import RUNTIMES
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TEXT = "".join(chr(97 + n) for n in np.random.default_rng(0).integers(0, 26, 900))
@@ -194,3 +196,8 @@ def test_stories260k_has_its_published_perplexity(tmp_path: Path) -> None:
     stories = [story.strip() for story in text.split("<|endoftext|>")[2000:2300]]
     quality = perplexity(source, stories, n_threads=1)
     assert quality.ppl == pytest.approx(4.2009, rel=0.005)
+
+
+def test_the_command_offers_every_runtime():
+    [option] = [p for p in evaluate_command.params if p.name == "runtime"]
+    assert set(option.type.choices) == set(RUNTIMES)

@@ -16,7 +16,14 @@ from edgekit.errors import UsageError
 @click.option("--budget", type=options.Size(), help="Evaluate the plan for this budget.")
 @click.option("--reference", type=options.ANY_PATH, help="GGUF or checkpoint to compare with.")
 @click.option("--text", type=options.FILE, required=True, help="Text that was not calibrated on.")
-@click.option("--runtime", type=click.Choice(["llama"]), default="llama", show_default=True)
+@click.option(
+    "--runtime",
+    type=click.Choice(["llama"]),  # RUNTIMES of edgekit.measure, which loads llama.cpp
+    default="llama",
+    show_default=True,
+    help="What runs MODEL.",
+)
+@click.option("--device", default="cpu", show_default=True, help="Where it runs.")
 @click.option(
     "--context",
     type=click.IntRange(min=2),
@@ -33,6 +40,7 @@ def evaluate(
     reference: Path | None,
     text: Path,
     runtime: str,
+    device: str,
     context: int,
     as_json: bool,
     verbose: bool,
@@ -51,7 +59,14 @@ def evaluate(
     if tier is not None and budget is not None:
         raise UsageError("--tier and --budget exclude each other; give one")
     found = evaluate_path(
-        model, text, tier=tier, budget=budget, reference=reference, context=context
+        model,
+        text,
+        tier=tier,
+        budget=budget,
+        reference=reference,
+        context=context,
+        runtime=runtime,
+        device=device,
     )
     quality = asdict(found)
     if as_json:
