@@ -5,6 +5,9 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from edgekit.cache import cache_folder, identity, limit_bytes
@@ -41,6 +44,20 @@ def cached_folder(artifact: OnnxArtifact, depth: int) -> Path | None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return place
+
+
+@contextmanager
+def model_folder(artifact: OnnxArtifact, depth: int) -> Iterator[Path]:
+    """The model folder of a depth: in the cache, or where that has no room, a temporary one."""
+    folder = cached_folder(artifact, depth)
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="edgekit-onnx-") as place:
+        folder = Path(place) / "model"
+        require_free(folder, whole_bytes(artifact, depth), "composing the codes of a depth")
+        write_folder(artifact, depth, folder, has_keep=True)
+        yield folder
 
 
 def _place(artifact: OnnxArtifact, depth: int) -> Path:

@@ -5,11 +5,9 @@ cache once and mapped from there; where the cache has no room they are composed 
 alone. Depth changes when it is asked to; the tokens of the conversation are computed anew then.
 """
 
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,7 @@ from edgekit.errors import DoesNotFitError, UsageError
 from edgekit.llama import Generation, Message, Sampling, Timings
 from edgekit.llama.generation import until_stop
 from edgekit.onnx_artifact import OnnxArtifact, open_onnx
-from edgekit.onnx_cache import cached_folder
-from edgekit.onnx_materialize import write_folder
+from edgekit.onnx_cache import model_folder
 from edgekit.onnx_plan import PROCESS_BYTES, depth_of, onnx_plan_json, plan_onnx
 from edgekit.onnx_runtime import Runner, Sampler, Tokenizer, open_runner
 from edgekit.plan import Plan
@@ -82,7 +79,7 @@ class OnnxSession:
         held = held_bytes()
         self._held = held if held > LARGE_HOST * PROCESS_BYTES else PROCESS_BYTES
         self._path, self._context, self._settings = path, context, settings
-        self._temporary: list[Path] = []
+        self._folders = ExitStack()
         self._runner: Runner | None = None
         self._pending: int | None = None
         self.changes: list[Change] = []
@@ -176,19 +173,13 @@ class OnnxSession:
         if self._runner is not None:
             self._runner.close()
         self._runner = None
-        for folder in self._temporary:
-            shutil.rmtree(folder, ignore_errors=True)
-        self._temporary = []
+        self._folders.close()
 
     def _loaded(self, plan: Plan) -> Runner:
         depth = depth_of(plan)
         self.artifact.check(depth, remember=True)
-        folder = cached_folder(self.artifact, depth)
-        if folder is None:
-            folder = Path(tempfile.mkdtemp(prefix="edgekit-onnx-"))
-            self._temporary.append(folder)
-            write_folder(self.artifact, depth, folder / "model", has_keep=True)
-            folder = folder / "model"
+        self._folders.close()
+        folder = self._folders.enter_context(model_folder(self.artifact, depth))
         threads = self._settings.n_threads or psutil.cpu_count(logical=False) or 1
         facts = self.artifact.part.facts
         return open_runner(

@@ -61,21 +61,31 @@ def dequantized(found: Slices) -> dict[int, F32Array]:
 
 
 def dedicated(weights: F32Array, importance: F32Array, bits: int) -> F32Array:
-    """Weights rounded for one depth alone: symmetric codes, scale and its sign searched."""
+    """Weights rounded for one depth alone."""
+    codes, scale = dedicated_codes(weights, importance, bits)
+    return scale[:, None] * codes
+
+
+def dedicated_codes(
+    weights: F32Array, importance: F32Array, bits: int
+) -> tuple[F32Array, F32Array]:
+    """Symmetric codes for one depth alone and their scales, which are searched with their sign."""
     low, high = -(1 << bits - 1), (1 << bits - 1) - 1
     reach = np.abs(weights).max(1) / np.float32(-low)
-    best, least = np.zeros_like(weights), np.full(len(weights), np.inf)
+    best, scales = np.zeros_like(weights), np.zeros(len(weights), np.float32)
+    least = np.full(len(weights), np.inf)
     for factor in (f * sign for f in DEDICATED_FACTORS[bits] for sign in (1, -1)):
         scale = (reach * np.float32(factor))[:, None]
         codes = np.rint(weights / np.where(scale == 0, 1, scale)).clip(low, high)
-        along = (importance * weights * codes).sum(1, keepdims=True)
-        length = (importance * codes * codes).sum(1, keepdims=True)
-        rounded = (along / np.maximum(length, 1e-30) * codes).astype(np.float32)
-        error = (importance * (weights - rounded) ** 2).sum(1)
+        along = (importance * weights * codes).sum(1)
+        length = (importance * codes * codes).sum(1)
+        fitted = (along / np.maximum(length, 1e-30)).astype(np.float32)
+        error = (importance * (weights - fitted[:, None] * codes) ** 2).sum(1)
         closer = error < least
         least = np.where(closer, error, least)
-        best = np.where(closer[:, None], rounded, best)
-    return best
+        best = np.where(closer[:, None], codes, best).astype(np.float32)
+        scales = np.where(closer, fitted, scales).astype(np.float32)
+    return best, scales
 
 
 def compared(weights: F32Array, importance: F32Array, found: Slices) -> npt.NDArray[np.float64]:

@@ -33,6 +33,7 @@ LAYERS = (
     {"evaluate", "onnx_export"},
     {"convert_report", "onnx_materialize"},
     {"onnx_cache", "onnx_plan", "onnx_runtime"},
+    {"onnx_evaluate"},
     {"measure", "pruning", "reserve"},
     {"convert", "export", "inspect", "materialize", "report", "surrender", "verify"},
     {"engine", "prune_report"},

@@ -106,26 +106,24 @@ class OrtRunner:
         _check_room(self, ids)
         logits = np.zeros(0, np.float32)
         for at in range(0, len(ids), self.n_batch):
-            logits = self._step(ids[at : at + self.n_batch])
-        return logits
+            logits = self.step(ids[at : at + self.n_batch])[-1]
+        return logits.copy()
 
-    def _step(self, ids: Sequence[int]) -> F32Array:
+    def step(self, ids: Sequence[int], keep: int = 1) -> F32Array:
+        """Append tokens at once; logits of the last ``keep``, float32 ``[keep, vocab]``."""
         total = len(self.tokens) + len(ids)
         feeds = {
             "input_ids": np.array([ids], np.int64),
             "attention_mask": np.ones((1, total), np.int64),
-            "num_logits_to_keep": np.array(1, np.int64),
+            "num_logits_to_keep": np.array(keep, np.int64),
         }
         for name, value in feeds.items():
             self._binding.bind_cpu_input(name, value)
         self._binding.bind_output("logits")
         self._session.run_with_iobinding(self._binding)
         self.tokens += ids
-        logits: F32Array = self._binding.get_outputs()[self._logits_index()].numpy()
-        return logits[0, -1].copy()
-
-    def _logits_index(self) -> int:
-        return len(self._cache)  # bound after them
+        logits: F32Array = self._binding.get_outputs()[len(self._cache)].numpy()  # bound last
+        return logits[0]
 
     def truncate(self, n: int) -> None:
         """Forget the tokens behind the first ``n``; what the cache has of them is written over."""

@@ -25,6 +25,7 @@ from edgekit.onnx_artifact import open_onnx
 from edgekit.onnx_materialize import materialize_onnx, whole_codes
 
 DEPTHS = (8, 4, 2)
+LONG = [2.0 + i / 8 for i in range(16)]
 EXACT = 1e-3  # of logits at accuracy_level 0; they are of unit order
 # At accuracy_level 4, which ships, activations are in 8 bits. Measured, times about 1.5; a router
 # may choose another expert on a near tie, which is why some models with experts have more.
@@ -119,7 +120,7 @@ def test_a_depth_reads_its_own_bytes_only(converted, tmp_path):
         ("llama", {"attention_bias": True, "mlp_bias": True}),
         ("llama", {"tie_word_embeddings": True}),
         ("phi3", {"original_max_position_embeddings": 16, "rope_scaling": {
-            "type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0 + i / 8 for i in range(16)]}}),
+            "type": "longrope", "short_factor": [1.0] * 16, "long_factor": LONG}}),
         ("phi3", {"original_max_position_embeddings": 512, "rope_scaling": {
             "type": "longrope", "short_factor": [1.0] * 16, "long_factor": [3.0] * 16}}),
     ],
