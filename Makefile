@@ -40,5 +40,5 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py kernels/*.c ker
 	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null || echo "make: installing llama-cpp-python (compiled from source: some 7 minutes on 2 cores)"
 	@$(PIP) llama-cpp-python
 	@echo "make: installing edgekit and the rest"
-	@$(PIP) --no-build-isolation --editable '.[convert,dev]'
+	@$(PIP) --no-build-isolation --editable '.[convert,onnx,dev]'
 	@touch $@

@@ -40,6 +40,7 @@ setup(
                     "nested",
                     "nested_float",
                     "packing",
+                    "slices",
                     "wide",
                     "wide_float",
                 )

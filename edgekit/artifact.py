@@ -14,13 +14,13 @@ from types import TracebackType
 
 import numpy as np
 
-from edgekit.catalog import Catalog, read_manifest
+from edgekit.catalog import Catalog, read_manifest, require_gguf
 from edgekit.checkpoint import contained
 from edgekit.errors import RefusedError
 from edgekit.exporters.gguf import Gguf, read_header, tensor_offsets
-from edgekit.manifest import ALIGNMENT, MANIFEST_NAME, FileRecord, Manifest
+from edgekit.manifest import ALIGNMENT, MANIFEST_NAME, Manifest
 from edgekit.receipts import Receipt
-from edgekit.stack import Level, Part, Stack
+from edgekit.stack import FileRecord, Level, Part, Stack
 
 HASH_BYTES = 1 << 24  # of a part in memory while its hash is taken
 
@@ -37,7 +37,7 @@ def open_artifact(folder: Path, *, remember: bool = False) -> "Artifact":
         UsageError: The folder holds no artifact.
         RefusedError: A file is missing, cut or corrupt.
     """
-    return Artifact(folder, read_manifest(folder), remember)
+    return Artifact(folder, require_gguf(folder, read_manifest(folder)), remember)
 
 
 class Artifact(Catalog):

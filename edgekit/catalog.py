@@ -21,11 +21,25 @@ def open_catalog(folder: Path) -> "Catalog":
         UsageError: The folder holds no artifact.
         RefusedError: The manifest is corrupt.
     """
-    manifest = read_manifest(folder)
+    manifest = require_gguf(folder, read_manifest(folder))
     base, levels = (folder / record.name for record in (manifest.base, manifest.levels))
     if not base.is_file() and not levels.is_file():
         return Catalog(folder, manifest, manifest.levels.n_bytes)
     return Catalog(folder, manifest, levels.stat().st_size if levels.is_file() else 0)
+
+
+def require_gguf(folder: Path, manifest: Manifest) -> Manifest:
+    """The manifest of an artifact that llama.cpp can run.
+
+    Raises:
+        UsageError: It was converted for ONNX Runtime only.
+    """
+    if not manifest.has_gguf:
+        raise UsageError(
+            f"{folder} has nothing for llama.cpp; use --runtime onnx, or convert with "
+            "--format gguf,onnx"
+        )
+    return manifest
 
 
 def read_manifest(folder: Path) -> Manifest:

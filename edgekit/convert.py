@@ -29,9 +29,11 @@ from edgekit.exporters.tokenizer import tokenizer_metadata
 from edgekit.exporters.tokenizer_check import check_tokenizer
 from edgekit.exporters.tokenizer_files import suspicious_constructs
 from edgekit.imatrix import Imatrix, read_imatrix, write_imatrix
-from edgekit.manifest import FileRecord, Json, Manifest
+from edgekit.manifest import NO_FILE, Json, Manifest
 from edgekit.measure import measure
 from edgekit.model_card import write_model_card
+from edgekit.onnx_export import decoder_in, export_onnx, onnx_model, require_onnx
+from edgekit.onnx_part import FOLDER
 from edgekit.planner import resident_bytes
 from edgekit.progress import Progress
 from edgekit.provenance import artifact_name, source_files, statistics_json, tool_versions
@@ -116,30 +118,36 @@ class _Conversion:
         self.checkpoint, self.output, self.spool = checkpoint, output, spool
         self.options, self.progress = options, progress
         self.mapping: Mapping = map_checkpoint(checkpoint)
-        self.metadata = _metadata(checkpoint, self.mapping)
+        self.has_gguf, self.has_onnx = ("gguf" in options.formats, "onnx" in options.formats)
+        self.metadata = _metadata(checkpoint, self.mapping) if self.has_gguf else {}
+        if self.has_onnx:
+            require_onnx()
+            decoder_in(checkpoint, self.mapping)  # refused before any work begins
         self.source_bytes = sum(checkpoint.files.values())
         self.name = artifact_name(checkpoint.folder)
 
     def run(self, command: Sequence[str]) -> None:
         """Do what is not done yet."""
-        for note in (*self.mapping.notes, *_template_notes(self.metadata)):
+        notes = self.mapping.notes if self.has_gguf else self.checkpoint.notes
+        for note in (*notes, *_template_notes(self.metadata)):
             self.progress.note(note)
         share = CODECS[self.options.codec].size_bound(self.options.tiers)
         need = int(2 * share * self.source_bytes)  # the spool, and what is made from it
         require_free(self.output.parent, need, f"converting {self.checkpoint.folder}")
         words = [word for word in command if word != "--resume"]  # as if nothing had stopped it
         first_command = self.spool.open(self._job(), words, self.options.resume)
-        self._check_tokenizer()
+        if self.has_gguf:
+            self._check_tokenizer()
         with ThreadPoolExecutor(1) as background:
             hashes = background.submit(source_files, self.checkpoint)
             imatrix = self._statistics()
             if imatrix is not None and self.options.save_imatrix is not None:
                 write_imatrix(imatrix, self.options.save_imatrix)
-            fisher = self._fisher()
-            experts = self._experts()
-            tensors = self._encode(imatrix, fisher)
+            fisher = self._fisher() if self.has_gguf else NO_FISHER
+            experts = self._experts() if self.has_gguf else {}
+            tensors = self._encode(imatrix, fisher) if self.has_gguf else []
             facts = self._facts(imatrix, fisher, experts, hashes.result(), first_command)
-        self._publish(tensors, facts)
+        self._publish(tensors, facts, imatrix)
 
     def _job(self) -> Json:
         """What must be the same for a resumed conversion to end like an undisturbed one."""
@@ -279,19 +287,18 @@ class _Conversion:
         command: Sequence[str],
     ) -> Manifest:
         """The manifest without what depends on the files."""
-        nothing = FileRecord("", 0, "")
         prefix = f"{self.mapping.architecture}."
         model = {k: v.value for k, v in self.metadata.items() if k.startswith(prefix)}
         return Manifest(
             name=self.name,
             architecture=self.mapping.architecture,
             codec=self.options.codec,
-            tiers=self.options.tiers,
+            tiers=self.options.tiers if self.has_gguf else (),
             chunk_weights=CHUNK_WEIGHTS,
-            base=nothing,
+            base=NO_FILE,
             header_bytes=0,
             header_sha256="",
-            levels=nothing,
+            levels=NO_FILE,
             stacks=(),
             stored_order=(),
             resident_order=(),
@@ -312,19 +319,35 @@ class _Conversion:
             "unused_tensors": list(self.mapping.unused),
         }
 
-    def _publish(self, tensors: list[Encoded], facts: Manifest) -> None:
+    def _publish(self, tensors: list[Encoded], facts: Manifest, imatrix: Imatrix | None) -> None:
         staged = self.spool.folder / self.output.name
         if not self.spool.is_ready:
-            self._stage(staged, tensors, facts)
+            self._stage(staged, tensors, facts, imatrix)
             self.spool.set_ready()
         move_into_place(staged, self.output)
         self.spool.remove()
 
-    def _stage(self, staged: Path, tensors: list[Encoded], facts: Manifest) -> None:
+    def _stage(
+        self, staged: Path, tensors: list[Encoded], facts: Manifest, imatrix: Imatrix | None
+    ) -> None:
         """Write the artifact, all of it, inside the spool."""
         if staged.exists():
             shutil.rmtree(staged)
         staged.mkdir()
+        manifest = self._stage_gguf(staged, tensors, facts) if self.has_gguf else facts
+        if self.has_onnx:
+            part = export_onnx(
+                onnx_model(self.checkpoint, self.mapping, imatrix),
+                staged / FOLDER,
+                self.progress,
+                block=self.options.block_size,
+                jobs=self.options.jobs,
+            )
+            manifest = replace(manifest, onnx=part)
+        write_manifest(staged, manifest)
+        write_model_card(staged, manifest)
+
+    def _stage_gguf(self, staged: Path, tensors: list[Encoded], facts: Manifest) -> Manifest:
         self.progress.start("write", 1)
         metadata = self.metadata | expert_metadata(facts.experts)
         order = self.options.load_order
@@ -337,8 +360,7 @@ class _Conversion:
             with open_artifact(staged) as artifact:
                 quality = measure(artifact, self.progress, self.options.jobs)
             manifest = replace(manifest, quality=quality)
-            write_manifest(staged, manifest)
-        write_model_card(staged, manifest)
+        return manifest
 
 
 def _metadata(checkpoint: Checkpoint, mapping: Mapping) -> dict[str, Value]:
@@ -380,6 +402,8 @@ def preview(folder: Path, output: Path, options: Options) -> Report:
     checkpoint = Checkpoint.open(folder)
     _require_free_name(output, options)
     mapping = map_checkpoint(checkpoint)
+    if "gguf" not in options.formats:
+        return _preview_onnx(checkpoint, mapping, output)
     _metadata(checkpoint, mapping)
     codec = CODECS[options.codec]
     stacks = [_empty_stack(tensor, codec, options.tiers) for tensor in mapping.tensors]
@@ -395,6 +419,15 @@ def preview(folder: Path, output: Path, options: Options) -> Report:
         n_tensors=len(stacks),
         seconds=0.0,
     )
+
+
+def _preview_onnx(checkpoint: Checkpoint, mapping: Mapping, output: Path) -> Report:
+    """Of an artifact for ONNX Runtime alone: 8 bits per weight and three scales per block."""
+    decoder_in(checkpoint, mapping)
+    n_weights = sum(t.n_weights for t in mapping.tensors if t.quantizable)
+    source = sum(checkpoint.files.values())
+    size = round(n_weights * (8 + 0.75) / 8)
+    return Report(str(output), source, 0, 0, size, {}, len(mapping.tensors), 0.0)
 
 
 def _empty_stack(tensor: SourceTensor, codec: Codec, tiers: Sequence[str]) -> Stack:

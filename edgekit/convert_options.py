@@ -1,14 +1,17 @@
 """What a conversion is asked for, checked before any work begins."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgekit.codecs import CODECS
-from edgekit.errors import UsageError
+from edgekit.errors import UnknownNameError, UsageError
 from edgekit.kernels.ggml import TYPES
+from edgekit.kernels.slices import BLOCKS
 from edgekit.stack import SOURCE
 
+FORMATS = ("gguf", "onnx")
 DEFAULT_TIERS = CODECS["nested"].tiers
 
 
@@ -19,6 +22,8 @@ class Options:
     Attributes:
         tiers: Lowest first; ``source`` last when the original values are kept.
         codec: Key of `CODECS`.
+        formats: For which runtimes: of `FORMATS`.
+        block_size: ONNX: weights that share a scale.
         prune: Share of all parameters to remove first; 0 converts the checkpoint as it is.
         calibration: Text to calibrate on; ``None`` takes the text that edgekit ships.
         imatrix: A statistics file of llama-imatrix or edgekit to use instead of calibrating.
@@ -37,6 +42,8 @@ class Options:
 
     tiers: tuple[str, ...] = DEFAULT_TIERS
     codec: str = "nested"
+    formats: tuple[str, ...] = ("gguf",)
+    block_size: int = 64
     prune: float = 0.0
     calibration: Path | None = None
     imatrix: Path | None = None
@@ -62,9 +69,27 @@ def check_options(options: Options) -> None:
     codec.check_tiers(options.tiers)
     if options.column_group and options.codec != "bitstack":
         raise UsageError(f"--column-group is for --codec bitstack, not for {options.codec}")
+    check_formats(options.formats, options.block_size)
+    if "gguf" not in options.formats:
+        return
     lowest = options.tiers[0]
     if not options.statistics and lowest != SOURCE and TYPES[lowest].needs_imatrix:
         raise UsageError(
             f"tier {lowest} cannot be quantized without an importance matrix; leave "
             "--no-calibration out, or give --imatrix FILE"
         )
+
+
+def check_formats(formats: Sequence[str], block_size: int) -> None:
+    """Check that there are such formats and blocks.
+
+    Raises:
+        UsageError: One is unknown or stands twice.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            raise UnknownNameError("format", name, FORMATS)
+    if not formats or len(set(formats)) != len(formats):
+        raise UsageError(f"formats {','.join(formats)}: name each once: {','.join(FORMATS)}")
+    if block_size not in BLOCKS:
+        raise UsageError(f"blocks of {block_size}: choose {', '.join(map(str, BLOCKS))}")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from edgekit.artifact import open_artifact
+from edgekit.catalog import read_manifest
+from edgekit.onnx_export import folder_bytes
 from edgekit.planner import tier_at, uniform
 from edgekit.stack import Stack
 
@@ -27,17 +28,16 @@ class Report:
 
 def report_of(output: Path, started: float) -> Report:
     """The report of the artifact in ``output``, with the seconds since ``started``."""
-    with open_artifact(output) as artifact:
-        manifest = artifact.manifest
+    manifest = read_manifest(output)
     weights = [f["bytes"] for f in manifest.source["files"] if f["name"].endswith(".safetensors")]
     return Report(
         artifact=str(output),
         source_bytes=sum(weights),
         base_bytes=manifest.base.n_bytes,
         levels_bytes=manifest.levels.n_bytes,
-        artifact_bytes=sum(p.stat().st_size for p in output.iterdir()),
+        artifact_bytes=folder_bytes(output),
         tiers=tier_bytes(manifest.stacks, manifest.tiers),
-        n_tensors=len(manifest.stacks),
+        n_tensors=len(manifest.stacks) or len(manifest.onnx.store if manifest.onnx else ()),
         seconds=round(time.monotonic() - started, 3),
     )
 

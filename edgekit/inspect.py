@@ -4,9 +4,10 @@ from collections import defaultdict
 from pathlib import Path
 
 from edgekit.artifact import Artifact, open_artifact
+from edgekit.catalog import read_manifest
 from edgekit.checkpoint import Checkpoint
 from edgekit.exporters.gguf import read_header
-from edgekit.manifest import FORMAT_VERSION, MANIFEST_NAME, Json
+from edgekit.manifest import FORMAT_VERSION, MANIFEST_NAME, Json, Manifest
 from edgekit.stack import Level
 
 
@@ -19,38 +20,48 @@ def inspect_path(path: Path) -> Json:
     if path.is_file():
         return _gguf(path)
     if (path / MANIFEST_NAME).is_file():
+        manifest = read_manifest(path)
+        if not manifest.has_gguf:
+            return _manifest(manifest)
         with open_artifact(path) as artifact:
             return _artifact(artifact)
     return _checkpoint(path)
 
 
 def _artifact(artifact: Artifact) -> Json:
-    m = artifact.manifest
     here = {(level.tensor, level.tier) for stack in artifact.stacks for level in stack.levels}
-    return {
-        "kind": "artifact",
-        "name": m.name,
-        "architecture": m.architecture,
-        "format_version": FORMAT_VERSION,
-        "n_parameters": m.n_parameters,
-        "n_tensors": len(m.stacks),
-        "codec": m.codec,
-        "tiers": list(m.tiers),
-        "base_bytes": m.base.n_bytes,
-        "levels_bytes": m.levels.n_bytes,
+    m = artifact.manifest
+    return _manifest(m) | {
         "levels_bytes_here": artifact.levels_bytes,
-        "statistics": m.statistics,
-        "source": m.source,
-        "tool": m.tool,
-        "model": m.model,
-        "quality": list(m.quality),
-        "experts": m.experts,
         "stored": _stored(artifact),
         "levels": [
             _level(level) | {"here": (level.tensor, level.tier) in here}
             for stack in m.stacks
             for level in stack.levels
         ],
+    }
+
+
+def _manifest(m: Manifest) -> Json:
+    onnx = {} if m.onnx is None else {"onnx": m.onnx.to_json()}
+    return {
+        "kind": "artifact",
+        "name": m.name,
+        "architecture": m.architecture,
+        "format_version": FORMAT_VERSION,
+        "n_parameters": m.n_parameters,
+        "n_tensors": len(m.stacks) or len(m.onnx.store if m.onnx else ()),
+        "codec": m.codec,
+        "tiers": list(m.tiers),
+        "base_bytes": m.base.n_bytes,
+        "levels_bytes": m.levels.n_bytes,
+        "statistics": m.statistics,
+        "source": m.source,
+        "tool": m.tool,
+        "model": m.model,
+        "quality": list(m.quality),
+        "levels": [],
+        **onnx,
     }
 
 

@@ -3,14 +3,19 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from edgekit.artifact import open_artifact
+from edgekit.catalog import read_manifest
 from edgekit.devices.memory import held_bytes
 from edgekit.engine import RESIDENCIES, Residency, Settings
 from edgekit.errors import UnknownNameError, UsageError
 from edgekit.llama import system_info
+from edgekit.onnx_session import OnnxSettings, load_onnx
 from edgekit.progress import Progress, Silent
 from edgekit.session import Session, Wish
+
+RUNTIMES = ("llama", "onnx")
 
 
 @contextmanager
@@ -27,6 +32,7 @@ def load(
     pager: bool = True,
     progress: Progress | None = None,
     besides: int = 0,
+    runtime: str = "llama",
 ) -> Iterator[Session]:
     """Load the artifact in ``path`` at the best depth within ``budget`` bytes; a context manager.
 
@@ -46,11 +52,20 @@ def load(
         pager: False keeps all experts resident.
         progress: Told how far each load is.
         besides: Bytes that the caller will take besides the model, within the budget.
+        runtime: ``llama``, or ``onnx``, which has its own cache in float32 and changes depth when
+            it is asked to only: ``kv_type``, ``residency``, ``follow`` and ``repack`` are llama's.
 
     Raises:
         DoesNotFitError: Not even the lowest depth fits.
         RefusedError: The artifact is corrupt.
     """
+    if runtime not in RUNTIMES:
+        raise UnknownNameError("runtime", runtime, RUNTIMES)
+    if runtime == "onnx":
+        options = OnnxSettings(n_threads, progress=progress or Silent())
+        with load_onnx(Path(path), budget, context, options) as loaded:
+            yield cast(Session, loaded)  # the same interface
+        return
     if residency not in RESIDENCIES:
         raise UnknownNameError("residency", residency, RESIDENCIES)
     if repack and residency == "mapped":
@@ -65,3 +80,8 @@ def load(
             yield session
         finally:
             session.close()
+
+
+def runtime_of(folder: Path) -> str:
+    """The runtime that an artifact was made for: ``llama`` where it has a GGUF."""
+    return "llama" if read_manifest(folder).has_gguf else "onnx"

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from edgekit.stack import Level, Stack
+from edgekit.onnx_part import OnnxPart
+from edgekit.stack import FileRecord, Level, Stack
 
 MANIFEST_NAME = "edgekit.json"
 FORMAT_VERSION = 1
@@ -19,13 +20,7 @@ Json = dict[str, Any]
 Order = tuple[tuple[str, str], ...]  # (tensor, tier) of every level above 0, in load order
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """A file of the artifact: plain name, size in bytes, sha256 of all of it."""
-
-    name: str
-    n_bytes: int
-    sha256: str
+NO_FILE = FileRecord("", 0, "")  # base and levels of an artifact without GGUF
 
 
 @dataclass(frozen=True)
@@ -51,6 +46,7 @@ class Manifest:
         experts: Routing metadata of mixture-of-experts models, else empty.
         memory: ``windowed``: which layers keep a window only; ``compute``: what llama.cpp reserves,
             rows ``{kv_type, batch, contexts, bytes}``; empty when it was not asked.
+        onnx: What is there for ONNX Runtime; None without.
     """
 
     name: str
@@ -72,11 +68,19 @@ class Manifest:
     quality: tuple[Json, ...] = ()
     experts: Json = field(default_factory=dict)
     memory: Json = field(default_factory=dict)
+    onnx: OnnxPart | None = None
 
     @property
     def n_parameters(self) -> int:
         """Number of weights of all tensors."""
+        if not self.stacks and self.onnx is not None:
+            return self.onnx.n_weights
         return sum(stack.n_weights for stack in self.stacks)
+
+    @property
+    def has_gguf(self) -> bool:
+        """Whether there is something for llama.cpp."""
+        return bool(self.stacks)
 
     def level(self, tensor: str, tier: str) -> Level:
         """The level that lifts ``tensor`` to ``tier``."""
@@ -116,6 +120,7 @@ def self_hash(body: Json) -> str:
 def _to_json(m: Manifest) -> Json:
     levels = [m.level(*key) for key in _level_keys(m)]
     index = {(lv.tensor, lv.tier): i for i, lv in enumerate(levels)}
+    onnx = {} if m.onnx is None else {"onnx": m.onnx.to_json()}
     return {
         "format": "edgekit",
         "format_version": FORMAT_VERSION,
@@ -133,8 +138,10 @@ def _to_json(m: Manifest) -> Json:
         "experts": m.experts,
         "memory": m.memory,
         "base": _file_json(m.base)
-        | {"header_bytes": m.header_bytes, "header_sha256": m.header_sha256},
-        "levels_file": _file_json(m.levels),
+        | {"header_bytes": m.header_bytes, "header_sha256": m.header_sha256}
+        if m.has_gguf
+        else None,
+        "levels_file": _file_json(m.levels) if m.has_gguf else None,
         "tensors": [
             {"name": s.name, "shape": list(s.shape), "source_type": s.source_type} for s in m.stacks
         ],
@@ -143,6 +150,7 @@ def _to_json(m: Manifest) -> Json:
             "stored": [index[key] for key in m.stored_order],
             "resident": [index[key] for key in m.resident_order],
         },
+        **onnx,
     }
 
 

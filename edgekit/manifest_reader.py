@@ -17,14 +17,15 @@ from edgekit.kernels.ggml import TYPES
 from edgekit.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
-    FileRecord,
+    NO_FILE,
     Json,
     Manifest,
     Order,
     self_hash,
 )
+from edgekit.onnx_part import OnnxPart, read_part
 from edgekit.routing.facts import check_experts
-from edgekit.stack import SOURCE, Level, Part, Stack
+from edgekit.stack import SOURCE, FileRecord, Level, Part, Stack
 
 BASE_CODEC = "ggml"  # level 0 is plain blocks
 MAX_LAYERS = 1 << 12
@@ -74,7 +75,9 @@ def _no_constant(text: str) -> Any:
 
 
 def _from_json(body: Json) -> Manifest:
-    base, order = _get(body, "base", dict), _get(body, "load_order", dict)
+    order, onnx = _get(body, "load_order", dict), _onnx(body)
+    is_bare = onnx is not None and body.get("base") is None  # nothing for llama.cpp
+    base = {} if is_bare else _get(body, "base", dict)
     rows = [_level(row) for row in _rows(body, "levels")]
     manifest = Manifest(
         name=_plain_name(_get(body, "name", str)),
@@ -82,10 +85,12 @@ def _from_json(body: Json) -> Manifest:
         codec=_get(body, "codec", str),
         tiers=tuple(_strings(_get(body, "tiers", list), "tiers")),
         chunk_weights=_count(body, "chunk_weights", least=1, most=MAX_CHUNK_WEIGHTS),
-        base=_file(base),
-        header_bytes=_count(base, "header_bytes", least=1, most=_count(base, "bytes")),
-        header_sha256=_hash(_get(base, "header_sha256", str)),
-        levels=_file(_get(body, "levels_file", dict)),
+        base=NO_FILE if is_bare else _file(base),
+        header_bytes=0
+        if is_bare
+        else _count(base, "header_bytes", least=1, most=_count(base, "bytes")),
+        header_sha256="" if is_bare else _hash(_get(base, "header_sha256", str)),
+        levels=NO_FILE if is_bare else _file(_get(body, "levels_file", dict)),
         stacks=tuple(_stacks(_rows(body, "tensors"), rows)),
         stored_order=_order(order, "stored", rows),
         resident_order=_order(order, "resident", rows),
@@ -96,9 +101,20 @@ def _from_json(body: Json) -> Manifest:
         quality=tuple(_quality(row) for row in _rows(body, "quality")),
         experts=check_experts(_get(body, "experts", dict)),
         memory=_memory(_get({"memory": {}} | body, "memory", dict)),
+        onnx=onnx,
     )
     _check(manifest)
     return manifest
+
+
+def _onnx(body: Json) -> OnnxPart | None:
+    if "onnx" not in body:
+        return None
+    part = _get(body, "onnx", dict)
+    files = tuple(_file(row) for row in _rows(part, "files"))
+    if len({record.name for record in files}) != len(files):
+        raise RefusedError(f"{MANIFEST_NAME}: a file of the ONNX part stands twice")
+    return read_part(part, files)
 
 
 def _get(obj: Mapping[str, Any], key: str, kind: type[T]) -> T:
@@ -264,14 +280,15 @@ def _order(order: Json, key: str, levels: list[Level]) -> Order:
 
 def _check(m: Manifest) -> None:
     """Facts that tie fields together: parts inside their files, orders that respect parents."""
-    if not m.stacks:
+    if (not m.stacks and m.onnx is None) or bool(m.stacks) != bool(m.base.name):
         raise RefusedError(f"{MANIFEST_NAME}: the artifact has no tensors")
     if m.codec not in CODECS:
         raise UnsupportedError(
             f"{MANIFEST_NAME}: codec {m.codec[:40]!a} is unknown; known: {', '.join(CODECS)}"
         )
     is_tier = CODECS[m.codec].is_tier
-    if not m.tiers or len(set(m.tiers)) != len(m.tiers) or not all(map(is_tier, m.tiers)):
+    is_chain = len(set(m.tiers)) == len(m.tiers) and all(map(is_tier, m.tiers))
+    if not is_chain or bool(m.tiers) != m.has_gguf:
         raise RefusedError(f"{MANIFEST_NAME}: tiers {', '.join(m.tiers)[:200]!a} are no chain")
     for stack in m.stacks:
         if stack.tiers[-1] != SOURCE and SOURCE in stack.tiers:

@@ -84,12 +84,12 @@ def evaluate_path(
                 )
             if reference is None:
                 return perplexity(model, words, context=context)
-            other = Reference.open(_source(reference, stack), words, context=context)
+            other = Reference.open(reference_source(reference, stack), words, context=context)
             return evaluate(model, stack.enter_context(other))
         artifact = stack.enter_context(open_artifact(model))
         depths = _depths(artifact, tier, budget)
         highest = stack.enter_context(Assembly(artifact, highest_depths(artifact)))
-        source = highest if reference is None else _source(reference, stack)
+        source = highest if reference is None else reference_source(reference, stack)
         opened = stack.enter_context(Reference.open(source, words, context=context))
         return RUNTIMES[runtime](artifact, depths, opened, device)
 
@@ -126,7 +126,8 @@ def _depths(artifact: Artifact, tier: str | None, budget: int | None) -> Depths:
     return highest_depths(artifact)
 
 
-def _source(path: Path, stack: ExitStack) -> Source:
+def reference_source(path: Path, stack: ExitStack) -> Source:
+    """What a reference runs from: a GGUF, a checkpoint, or the highest depth of an artifact."""
     if not (path / MANIFEST_NAME).is_file():
         return path
     artifact = stack.enter_context(open_artifact(path))

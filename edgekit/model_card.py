@@ -3,7 +3,9 @@
 from functools import partial
 from pathlib import Path
 
+from edgekit.exporters.onnx_store import DEPTHS
 from edgekit.manifest import Json, Manifest
+from edgekit.onnx_part import FOLDER, OnnxPart, graph_name
 from edgekit.planner import tier_at, uniform
 from edgekit.sizes import format_size
 from edgekit.spool import write_atomically
@@ -21,10 +23,33 @@ def model_card(m: Manifest) -> str:
         "---",
         *([f"license: {licence}"] if licence else []),
         "library_name: edgekit",
-        "tags: [gguf, edgekit]",
+        f"tags: [{', '.join(_tags(m))}]",
         "---",
     ]
-    return "\n".join([*front, "", *_what(m), "", *_budgets(m), "", *_use(m), "", *_origin(m), ""])
+    gguf = [*_what(m), "", *_budgets(m), ""] if m.has_gguf else [f"# {m.name}", ""]
+    onnx = [*_depths(m.onnx), ""] if m.onnx is not None else []
+    return "\n".join([*front, "", *gguf, *onnx, *_use(m), "", *_origin(m), ""])
+
+
+def _tags(m: Manifest) -> list[str]:
+    return [*(["gguf"] if m.has_gguf else []), *(["onnx"] if m.onnx else []), "edgekit"]
+
+
+def _depths(part: OnnxPart) -> list[str]:
+    rows = [
+        f"| {depth} | `{graph_name(depth)}` | {format_size(part.depth_bytes(depth))} "
+        f"| {part.errors[depth][0]:.4f} | {part.errors[depth][1]:.4f} |"
+        for depth in DEPTHS
+    ]
+    return [
+        f"## For ONNX Runtime, in `{FOLDER}/`",
+        "",
+        "One set of nested codes; a depth reads its own bytes of the data files only.",
+        "",
+        "| bits | graph | bytes | relative error | of codes for that depth alone |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
 
 
 def _what(m: Manifest) -> list[str]:
@@ -71,12 +96,18 @@ def _quality_row(row: Json) -> str:
 
 
 def _use(m: Manifest) -> list[str]:
-    return [
-        "## How to run",
-        "",
-        '    edgekit run . --budget auto -p "Hello"',
-        f"    edgekit materialize . --tier {m.tiers[0]} -o model.gguf",
-    ]
+    lines = ["## How to run", ""]
+    if m.has_gguf:
+        lines += [
+            '    edgekit run . --budget auto -p "Hello"',
+            f"    edgekit materialize . --tier {m.tiers[0]} -o model.gguf",
+        ]
+    if m.onnx is not None:
+        lines += [
+            '    edgekit run . --runtime onnx --budget auto -p "Hello"',
+            "    edgekit materialize . --format onnx --depth 4 -o model-q4",
+        ]
+    return lines
 
 
 def _origin(m: Manifest) -> list[str]:

@@ -13,11 +13,11 @@ from edgekit.artifact import align
 from edgekit.exporters.file_types import file_type
 from edgekit.exporters.gguf import TensorInfo, header_bytes, padded, tensor_offsets
 from edgekit.exporters.gguf_values import Value, u32
-from edgekit.manifest import MANIFEST_NAME, FileRecord, Manifest, dumps
+from edgekit.manifest import MANIFEST_NAME, Manifest, dumps
 from edgekit.planner import LOAD_ORDERS, resident_step, stored_step
 from edgekit.routing.gguf_keys import range_metadata
 from edgekit.spool import Spool, TensorRecord, write_atomically
-from edgekit.stack import SOURCE, Level, Part, Stack
+from edgekit.stack import SOURCE, FileRecord, Level, Part, Stack
 
 BASE_CODEC = "ggml"  # level 0 is plain blocks
 ALIGNMENT = 32  # bytes between tensors of the base, GGUF's default

@@ -33,8 +33,9 @@ from edgekit.llama import (
     chat_prompt,
     generate,
 )
+from edgekit.manifest import Json
 from edgekit.paging import PagingStats
-from edgekit.plan import Plan, with_repacking
+from edgekit.plan import Plan, plan_json, with_repacking
 from edgekit.sizes import format_size
 from edgekit.surrender import surrender
 
@@ -282,6 +283,10 @@ class Session:
             self._settings.progress.note(f"the old depth stays: {why}")
         if told is not None:
             told(error)
+
+    def plan_json(self) -> Json:
+        """What is loaded, as one JSON object."""
+        return plan_json(self.artifact, self.plan)
 
     def close(self) -> None:
         """Free everything; twice is once."""

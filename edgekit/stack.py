@@ -11,6 +11,15 @@ from edgekit.errors import UsageError
 SOURCE = "source"  # the tier that gives back the original values, whatever their type
 
 
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the artifact: plain name, size in bytes, sha256 of all of it."""
+
+    name: str
+    n_bytes: int
+    sha256: str
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A byte range of a file, ``offset`` from its start, with the hash of its content."""

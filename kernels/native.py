@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgekit.errors import RefusedError
 from edgekit.kernels.ggml import TYPES, ByteArray, F32Array
@@ -83,6 +84,7 @@ class Native:
             room.argtypes, room.restype = [_Int, _Size], _Size
         library.bitstack_add.argtypes = [*[_Size] * 4, *[_Pointer] * 4]
         library.bitstack_add.restype = None
+        library.slices_encode.argtypes = [_Size, _Int, _Int, _Size, *[_Pointer] * 5]
 
     def encode(
         self, parent_type: str, child_type: str, parent: ByteArray, child: ByteArray, n_rest: int
@@ -161,6 +163,20 @@ class Native:
         left, right, signs = map(np.ascontiguousarray, (left, right, signs))
         pointers = (array.ctypes.data for array in (left, right, signs, out))
         self._library.bitstack_add(*out.shape, rank, group, *pointers)
+
+    def slices(
+        self, weights: F32Array, importance: F32Array, tries: F32Array, low_bits: int
+    ) -> tuple[npt.NDArray[np.int8], F32Array]:
+        """Do `slices_ref.encode` for the scales to try; the lower scales come unrounded."""
+        n_blocks, size = weights.shape
+        arrays = [np.ascontiguousarray(a, np.float32) for a in (weights, importance, tries)]
+        codes, scales = np.empty((n_blocks, size), np.int8), np.empty((3, n_blocks), np.float32)
+        failed = self._library.slices_encode(
+            n_blocks, size, low_bits, len(tries), *(a.ctypes.data for a in arrays),
+            codes.ctypes.data, scales.ctypes.data,
+        )  # fmt: skip
+        assert not failed, f"blocks of {size} with a depth of {low_bits} bits are not compiled"
+        return codes, scales
 
     def _level(self, packed: Level) -> tuple[object, _Level]:
         """The struct, and the arrays that it points to."""

@@ -37,7 +37,7 @@ def test_every_folder_with_an_init_is_packaged():
 
 def test_everything_that_make_installs_is_pinned():
     extras = PROJECT["project"]["optional-dependencies"]
-    wanted = PROJECT["project"]["dependencies"] + extras["convert"] + extras["dev"]
+    wanted = PROJECT["project"]["dependencies"] + extras["convert"] + extras["onnx"] + extras["dev"]
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert names(wanted) - names(pins) == set()
     assert [pin for pin in pins if not pin.startswith("#") and "==" not in pin] == []

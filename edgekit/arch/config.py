@@ -241,7 +241,7 @@ def _smallthinker_windows(arch: Arch, fields: Fields, n_layers: int) -> tuple[bo
 def _window_notes(arch: Arch, fields: Fields, context: int) -> tuple[str, ...]:
     window = fields.get("sliding_window")
     # Qwen and SmolLM3 keep a window in the config that only use_sliding_window switches on
-    used = fields.get("use_sliding_window", arch.model_type in ("mistral", "mixtral", "phi3"))
+    used = fields.get("use_sliding_window", arch.has_window)
     if arch.window_every or not used or not isinstance(window, int) or window >= context:
         return ()
     return (

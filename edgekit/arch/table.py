@@ -71,6 +71,10 @@ class Arch:
         fixed: Field of config.json -> the only value the graph computes.
         scalar_layers: Number of layers for which the graph scales scores by ``hidden / heads``
             instead of the head width (Gemma's 27B models).
+        unrotated_every: Of this many layers the last has no rotation; 0: all rotate.
+        scales_embedding: The embedding is multiplied by the root of its width.
+        has_window: transformers attends in ``sliding_window`` unless the config says otherwise;
+            llama.cpp's graph attends to all.
     """
 
     gguf: MODEL_ARCH
@@ -93,6 +97,9 @@ class Arch:
     softmax_key: str | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     scalar_layers: int | None = None
+    unrotated_every: int = 0
+    scales_embedding: bool = False
+    has_window: bool = False
 
     def is_windowed(self, layer: int) -> bool:
         """Whether the graph's own pattern has ``layer`` attend in a window."""
@@ -148,6 +155,7 @@ _ROWS = (
         defaults={"num_key_value_heads": 8, "sliding_window": 4096},
         rope_scaling=_LLAMA3,
         is_interleaved=True,
+        has_window=True,
     ),
     Arch(
         MODEL_ARCH.LLAMA,
@@ -163,6 +171,7 @@ _ROWS = (
         rope_scaling=_LLAMA3,
         is_interleaved=True,
         expert_ff="intermediate_size",
+        has_window=True,
     ),
     Arch(
         MODEL_ARCH.QWEN2,
@@ -211,6 +220,7 @@ _ROWS = (
         defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
         rope_scaling=frozenset({"longrope"}),
         is_head_derived=True,
+        has_window=True,
     ),
     Arch(
         MODEL_ARCH.GEMMA2,
@@ -233,6 +243,7 @@ _ROWS = (
         norm_shift=1.0,
         window_every=2,
         scalar_layers=46,
+        scales_embedding=True,
     ),
     Arch(
         MODEL_ARCH.GEMMA3,
@@ -257,6 +268,7 @@ _ROWS = (
         window_every=6,
         fixed={"attn_logit_softcapping": None, "use_bidirectional_attention": False},
         scalar_layers=62,
+        scales_embedding=True,
     ),
     Arch(
         MODEL_ARCH.SMOLLM3,
@@ -264,6 +276,7 @@ _ROWS = (
         _EMBED | _PRE_NORMS | _ATTN | _ANY_QKV_BIAS | _MLP | _TAIL,
         defaults={"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
         is_interleaved=True,
+        unrotated_every=4,
     ),
     Arch(
         MODEL_ARCH.OLMO2,

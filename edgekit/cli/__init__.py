@@ -12,6 +12,7 @@ import click
 from edgekit import __version__
 from edgekit.cli.convert import convert
 from edgekit.cli.evaluate import evaluate
+from edgekit.cli.export import export
 from edgekit.cli.inspect import inspect, verify
 from edgekit.cli.materialize import materialize
 from edgekit.cli.plan import plan
@@ -105,6 +106,8 @@ def main() -> None:
     """
 
 
-COMMANDS = (convert, plan, run, serve, pull, materialize, evaluate, prune, trace, inspect, verify)
+COMMANDS = (
+    convert, plan, run, serve, pull, materialize, export, evaluate, prune, trace, inspect, verify
+)  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)

@@ -41,6 +41,20 @@ from edgekit.sizes import format_size
     help="By KL divergence per byte, or level by level as BitStack's authors sort.",
 )
 @click.option(
+    "--format",
+    "formats",
+    default="gguf",
+    show_default=True,
+    help="gguf for llama.cpp, onnx for ONNX Runtime, gguf,onnx for both.",
+)
+@click.option(
+    "--block-size",
+    type=click.Choice(["32", "64", "128"]),
+    default="64",
+    show_default=True,
+    help="ONNX: weights that share a scale.",
+)
+@click.option(
     "--prune",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.0,
@@ -86,6 +100,8 @@ def convert(
     codec: str,
     column_group: int,
     load_order: str,
+    formats: str,
+    block_size: str,
     prune: float,
     calibration: Path | None,
     imatrix: Path | None,
@@ -106,6 +122,7 @@ def convert(
     \b
         edgekit convert ./Llama-3.2-1B -o llama-edge
         edgekit convert ./Llama-3.2-1B -o llama-edge --tiers Q4_K,Q8_0,source --no-calibration
+        edgekit convert ./Llama-3.2-1B -o llama-edge --format onnx --no-calibration
     """
     from edgekit.codecs import CODECS
     from edgekit.convert import convert, preview
@@ -120,6 +137,8 @@ def convert(
         codec=codec,
         column_group=column_group,
         load_order=load_order,
+        formats=tuple(formats.replace(" ", "").split(",")),
+        block_size=int(block_size),
         prune=prune,
         calibration=calibration,
         imatrix=imatrix,
@@ -144,7 +163,8 @@ def convert(
         (tier, format_size(row["bytes"]), f"{row['bits_per_weight']:.2f}")
         for tier, row in report.tiers.items()
     ]
-    print_table("Weights in memory", ("tier", "bytes", "bits per weight"), rows)
+    if rows:
+        print_table("Weights in memory", ("tier", "bytes", "bits per weight"), rows)
     share = report.artifact_bytes / report.source_bytes
     verb = "would be" if dry_run else "is"
     note(

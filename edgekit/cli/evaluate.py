@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,7 +19,7 @@ from edgekit.errors import UsageError
 @click.option("--text", type=options.FILE, required=True, help="Text that was not calibrated on.")
 @click.option(
     "--runtime",
-    type=click.Choice(["llama", "torch"]),  # RUNTIMES of edgekit.measure, which loads llama.cpp
+    type=click.Choice(["llama", "torch", "onnx"]),  # RUNTIMES of edgekit.measure, and onnx
     default="llama",
     show_default=True,
     help="What runs MODEL.",
@@ -53,21 +54,24 @@ def evaluate(
     \b
         edgekit eval llama-edge --tier Q4_K --text heldout.txt
         edgekit eval phone.gguf --reference source.gguf --text heldout.txt
+        edgekit eval llama-edge --runtime onnx --text heldout.txt --reference ./Llama-3.2-1B
     """
     from edgekit.measure import evaluate_path
 
     if tier is not None and budget is not None:
         raise UsageError("--tier and --budget exclude each other; give one")
-    found = evaluate_path(
-        model,
-        text,
-        tier=tier,
-        budget=budget,
-        reference=reference,
-        context=context,
-        runtime=runtime,
-        device=device,
-    )
+    common: dict[str, Any] = {
+        "tier": tier,
+        "budget": budget,
+        "reference": reference,
+        "context": context,
+    }
+    if runtime == "onnx":
+        from edgekit.onnx_evaluate import evaluate_onnx
+
+        found = evaluate_onnx(model, text, **common)
+    else:
+        found = evaluate_path(model, text, **common, runtime=runtime, device=device)
     quality = asdict(found)
     if as_json:
         print_json(quality)

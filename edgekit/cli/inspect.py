@@ -59,7 +59,12 @@ def _tables(body: dict[str, Any]) -> list[tuple[str, tuple[str, ...], Rows]]:
         )
         for row in body.get("stored", [])
     ]
+    depths: Rows = [
+        (row["depth"], format_size(row["bytes"]), f"{row['error']:.4f}", row["graph"])
+        for row in body.get("onnx", {}).get("depths", [])
+    ]
     return [
+        ("For ONNX Runtime", ("bits", "bytes", "relative error", "graph"), depths),
         ("Stored levels", ("tier", "levels", "bytes", "bits per weight"), levels),
         (
             "What budgets buy",
@@ -81,10 +86,9 @@ def verify(artifact: Path, as_json: bool, verbose: bool) -> None:
     \b
         edgekit verify llama-edge
     """
-    from edgekit.artifact import open_artifact, verify
+    from edgekit.verify import verify_path
 
-    with open_artifact(artifact) as opened:
-        found = verify(opened)
+    found = verify_path(artifact)
     if as_json:
         body = {"ok": found.ok, "checked": found.checked, "missing": found.missing}
         print_json(body | {"problems": list(found.problems)})
@@ -92,4 +96,4 @@ def verify(artifact: Path, as_json: bool, verbose: bool) -> None:
         more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
         raise RefusedError(f"{found.problems[0]}{more}")
     if not as_json:
-        note(f"{artifact}: {found.checked} levels are sound, {found.missing} are not here")
+        note(f"{artifact}: {found.checked} parts are sound, {found.missing} are not here")

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -9,6 +10,10 @@ from edgekit.cli import options
 from edgekit.cli.console import note, print_json
 from edgekit.errors import UsageError
 from edgekit.sizes import format_size
+
+if TYPE_CHECKING:
+    from edgekit.materialize import Materialized
+    from edgekit.onnx_materialize import OnnxMaterialized
 
 
 @click.command()
@@ -18,7 +23,20 @@ from edgekit.sizes import format_size
 @click.option(
     "--target-size", type=options.Size(), help="The best file with at most these bytes of weights."
 )
-@click.option("-o", "--output", type=options.NEW_PATH, required=True, help="The GGUF to write.")
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["gguf", "onnx"]),
+    default="gguf",
+    show_default=True,
+    help="onnx writes a model folder of one --depth.",
+)
+@click.option(
+    "--depth", type=click.Choice(["2", "4", "8"]), help="ONNX: bits of most of the codes."
+)
+@click.option(
+    "-o", "--output", type=options.NEW_PATH, required=True, help="The GGUF or folder to write."
+)
 @options.context
 @options.kv_type
 @options.force
@@ -30,6 +48,8 @@ def materialize(
     tier: str | None,
     budget: int | None,
     target_size: int | None,
+    file_format: str,
+    depth: str | None,
     output: Path,
     context: int | None,
     kv_type: str,
@@ -38,12 +58,55 @@ def materialize(
     as_json: bool,
     verbose: bool,
 ) -> None:
-    """Write an ordinary GGUF from ARTIFACT; any llama.cpp app opens it.
+    """Write an ordinary GGUF from ARTIFACT; any llama.cpp app opens it. Or an ONNX model folder.
 
     \b
         edgekit materialize llama-edge --tier Q4_K -o phone.gguf
         edgekit materialize llama-edge --budget 900MiB -o phone.gguf
+        edgekit materialize llama-edge --format onnx --depth 4 -o phone-q4
     """
+    if file_format == "onnx":
+        if depth is None or tier is not None or target_size is not None or budget is not None:
+            raise UsageError("--format onnx takes one choice: --depth 2, 4 or 8")
+        made: Materialized | OnnxMaterialized = _write_onnx(
+            artifact, int(depth), output, force, dry_run
+        )
+    elif depth is not None:
+        raise UsageError("--depth is for --format onnx; choose a GGUF's with --tier or --budget")
+    else:
+        made = _write_gguf(
+            artifact, tier, budget, target_size, output, context, kv_type, force, dry_run
+        )
+    if as_json:
+        print_json(asdict(made))
+        return
+    verb = "would be" if dry_run else "is"
+    note(f"{made.path} {verb} {format_size(made.bytes)}; {made.seconds:.1f} s")
+
+
+def _write_onnx(
+    artifact: Path, depth: int, output: Path, force: bool, dry_run: bool
+) -> "OnnxMaterialized":
+    from edgekit.onnx_artifact import open_onnx
+    from edgekit.onnx_materialize import materialize_onnx, preview
+
+    opened = open_onnx(artifact, depth)
+    if dry_run:
+        return preview(opened, depth, output)
+    return materialize_onnx(opened, depth, output, force=force)
+
+
+def _write_gguf(
+    artifact: Path,
+    tier: str | None,
+    budget: int | None,
+    target_size: int | None,
+    output: Path,
+    context: int | None,
+    kv_type: str,
+    force: bool,
+    dry_run: bool,
+) -> "Materialized":
     from edgekit.artifact import open_artifact
     from edgekit.materialize import materialize, preview
     from edgekit.plan import plan_budget, plan_tier, plan_weights
@@ -58,11 +121,5 @@ def materialize(
         else:
             chosen = plan_weights(opened, target_size or 0)
         if dry_run:
-            made = preview(opened, chosen.depths, output)
-        else:
-            made = materialize(opened, chosen.depths, output, force=force)
-    if as_json:
-        print_json(asdict(made))
-        return
-    verb = "would be" if dry_run else "is"
-    note(f"{made.path} {verb} {format_size(made.bytes)}; {made.seconds:.1f} s")
+            return preview(opened, chosen.depths, output)
+        return materialize(opened, chosen.depths, output, force=force)

@@ -59,6 +59,11 @@ budget_auto = click.option(
     show_default=True,
     help="Bytes the whole process may hold, or auto: what is free now.",
 )
+runtime = click.option(
+    "--runtime",
+    type=click.Choice(["llama", "onnx"]),
+    help="llama.cpp or ONNX Runtime; default: llama where the artifact has a GGUF.",
+)
 residency = click.option(
     "--residency",
     type=click.Choice(["auto", "anon", "mapped"]),

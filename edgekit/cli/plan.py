@@ -18,6 +18,7 @@ from edgekit.sizes import format_size
 @options.kv_type
 @options.expert_cache
 @options.no_pager
+@options.runtime
 @options.as_json
 @options.verbose
 def plan(
@@ -27,6 +28,7 @@ def plan(
     kv_type: str,
     expert_cache: int | None,
     no_pager: bool,
+    runtime: str | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -37,19 +39,25 @@ def plan(
     """
     from edgekit.catalog import open_catalog
     from edgekit.expert_plan import plan_any
+    from edgekit.loader import runtime_of
+    from edgekit.onnx_plan import onnx_plan_json, open_part, plan_onnx
     from edgekit.plan import plan_json
 
-    catalog = open_catalog(artifact)
     if budget is None:
         from edgekit.devices.memory import auto_budget
 
         found = auto_budget()
         budget = found.n_bytes
         note(f"budget {format_size(budget)}: {found.source}")
-    found_plan = plan_any(
-        catalog, budget, context, kv_type, expert_cache=expert_cache, pager=not no_pager
-    )
-    body = plan_json(catalog, found_plan)
+    if (runtime or runtime_of(artifact)) == "onnx":
+        part = open_part(artifact)
+        body = onnx_plan_json(part, plan_onnx(part, budget, context))
+    else:
+        catalog = open_catalog(artifact)
+        found_plan = plan_any(
+            catalog, budget, context, kv_type, expert_cache=expert_cache, pager=not no_pager
+        )
+        body = plan_json(catalog, found_plan)
     if as_json:
         print_json(body)
         return

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 @options.expert_cache
 @options.no_pager
 @options.threads
+@options.runtime
 @options.as_json
 @options.verbose
 def run(
@@ -74,6 +75,7 @@ def run(
     expert_cache: int | None,
     no_pager: bool,
     threads: int | None,
+    runtime: str | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -84,6 +86,7 @@ def run(
 
     \b
         edgekit run llama-edge --budget 1.2GiB -p "Once upon a time" -n 64
+        edgekit run llama-edge --runtime onnx --budget 1.2GiB -p "Once upon a time"
     """
     if as_json and prompt is None:
         raise UsageError("--json answers one prompt; give it with -p")
@@ -91,7 +94,7 @@ def run(
     from edgekit.cli.chat import Chat
     from edgekit.devices.memory import auto_budget
     from edgekit.llama import Sampling
-    from edgekit.loader import load
+    from edgekit.loader import load, runtime_of
 
     if budget is None:
         found = auto_budget()
@@ -111,6 +114,7 @@ def run(
             expert_cache,
             not no_pager,
             progress,
+            runtime=runtime or runtime_of(artifact),
         ) as session,
     ):
         child.needs(session.plan.total_bytes, session.plan.budget_bytes or 0)
@@ -174,7 +178,6 @@ def _paging(session: "Session") -> dict[str, Any] | None:
 
 def _report(session: "Session", generation: "Generation", text: str) -> dict[str, Any]:
     from edgekit.devices.memory import peak_rss_bytes
-    from edgekit.plan import plan_json
 
     times = generation.timings
     return {
@@ -188,5 +191,5 @@ def _report(session: "Session", generation: "Generation", text: str) -> dict[str
         "peak_rss_bytes": peak_rss_bytes(),
         "experts": _paging(session),
         "changes": [asdict(change) for change in session.changes],
-        "plan": plan_json(session.artifact, session.plan),
+        "plan": session.plan_json(),
     }

@@ -129,7 +129,7 @@ def generate(
     generation = Generation(timings=Timings(n_held=len(context.tokens)))
     run = _Run(between or (lambda _: context), context, generation)
     tokens = run.draw(prompt, n, sampling or Sampling())
-    generation.pieces = _until_stop(run.text(tokens), stop, generation)
+    generation.pieces = until_stop(run.text(tokens), stop, generation)
     return generation
 
 
@@ -208,9 +208,7 @@ def _chain(sampling: Sampling) -> Iterator[int]:
         lib.llama_sampler_free(chain)
 
 
-def _until_stop(
-    pieces: Iterator[str], stop: Sequence[str], generation: Generation
-) -> Iterator[str]:
+def until_stop(pieces: Iterator[str], stop: Sequence[str], generation: Generation) -> Iterator[str]:
     """Hold back what may be the beginning of a stop text."""
     held = ""
     for piece in pieces:

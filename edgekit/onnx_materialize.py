@@ -1,0 +1,151 @@
+"""An ordinary ONNX model folder at one depth: whole codes, composed of planes bit for bit.
+
+The folder is what the Hugging Face hub has for transformers.js (``onnx/model.onnx`` with its data
+beside it), and opens in onnxruntime-genai too.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.disk import disk_full_reported, require_free
+from edgekit.errors import UsageError
+from edgekit.exporters.onnx_blocks import composed
+from edgekit.exporters.onnx_configs import CONFIG, GENAI, carried_files, config_json, genai_json
+from edgekit.exporters.onnx_decoder import Array, Decoder, Quantized, Term
+from edgekit.exporters.onnx_store import DataFile, Planes
+from edgekit.onnx_artifact import OnnxArtifact
+from edgekit.onnx_export import folder_bytes
+from edgekit.publish import move_into_place
+
+MODEL, MODEL_KEEP, DATA = "model.onnx", "model_last.onnx", "model.onnx_data"
+CHUNK_BYTES = 1 << 22  # of a plane in memory at a time
+OVERHEAD_BYTES = 1 << 20  # graphs and small files, at most
+U8Array = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class OnnxMaterialized:
+    """The folder written; ``tensors`` as ``{name, tier}``, a tier being a number of bits."""
+
+    path: str
+    bytes: int
+    seconds: float
+    tensors: tuple[dict[str, str], ...]
+
+
+def materialize_onnx(
+    artifact: OnnxArtifact, depth: int, output: Path, *, force: bool = False
+) -> OnnxMaterialized:
+    """Write the model folder of a depth to ``output``, which appears when it is whole.
+
+    Raises:
+        UsageError: ``output`` exists and force is off.
+        DiskFullError: There is not enough room.
+    """
+    started = time.monotonic()
+    if output.is_symlink() or (output.exists() and not force):
+        raise UsageError(f"{output} exists; choose another -o, or replace it with --force")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"{output.parent} is no folder; make it first, or choose another -o")
+    require_free(output.parent, whole_bytes(artifact, depth), f"writing {output}")
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    try:
+        with disk_full_reported(f"writing {output}", "make room and repeat"):
+            write_folder(artifact, depth, partial)
+        move_into_place(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    seconds = round(time.monotonic() - started, 3)
+    return OnnxMaterialized(str(output), folder_bytes(output), seconds, tiers(artifact, depth))
+
+
+def preview(artifact: OnnxArtifact, depth: int, output: Path) -> OnnxMaterialized:
+    """What `materialize_onnx` would write; writes nothing."""
+    return OnnxMaterialized(str(output), whole_bytes(artifact, depth), 0.0, tiers(artifact, depth))
+
+
+def tiers(artifact: OnnxArtifact, depth: int) -> tuple[dict[str, str], ...]:
+    """Name and bits of every matrix at a depth."""
+    return tuple({"name": m.name, "tier": f"{m.depth(depth)}bit"} for m in artifact.part.matrices)
+
+
+def whole_bytes(artifact: OnnxArtifact, depth: int) -> int:
+    """Bytes of the folder, but for the graphs' few."""
+    return artifact.part.depth_bytes(depth) + OVERHEAD_BYTES
+
+
+def write_folder(
+    artifact: OnnxArtifact, depth: int, folder: Path, *, has_keep: bool = False
+) -> None:
+    """Write graph, data and small files into ``folder``, which is made.
+
+    Args:
+        artifact: Checked for this depth.
+        depth: Of all matrices; some have a higher one.
+        folder: A new one.
+        has_keep: Write `MODEL_KEEP` as well, whose head runs for the last positions only.
+    """
+    from edgekit.exporters.onnx_files import write_graph
+
+    decoder = artifact.decoder()
+    inner = folder / "onnx"
+    inner.mkdir(parents=True)
+    weights: dict[str, Array | Quantized] = {}
+    with DataFile(inner / DATA) as file:
+        for name, item in artifact.part.store.items():
+            if isinstance(item, Planes):
+                weights[name] = _written_matrix(artifact, item, depth, file)
+            else:
+                values = artifact.read(item.place).view(np.float32)
+                weights[name] = file.write(values.reshape(item.shape))
+    write_graph(inner / MODEL, decoder, weights)
+    if has_keep:
+        write_graph(inner / MODEL_KEEP, decoder, weights, has_keep=True)
+    for name, data in _small_files(artifact, decoder).items():
+        (folder / name).write_bytes(data)
+
+
+def _small_files(artifact: OnnxArtifact, decoder: Decoder) -> dict[str, bytes]:
+    config = artifact.config()
+    return {
+        CONFIG: config_json(config),
+        GENAI: genai_json(decoder, config, artifact.files, f"onnx/{MODEL}"),
+        **carried_files(artifact.files),
+    }
+
+
+def _written_matrix(artifact: OnnxArtifact, item: Planes, depth: int, file: DataFile) -> Quantized:
+    """Append whole codes and scales of a matrix."""
+    start, n_bytes = file.begin(), 0
+    for codes in whole_codes(artifact.read, item, depth):
+        file.append(codes)
+        n_bytes += codes.nbytes
+    bits, planes = item.depth(depth), item.at(depth)
+    shape = (*item.shape[:-1], item.blocks, item.block * bits // 8)
+    stored = Array(shape, "uint8", file.end(start))
+    last = planes.terms[-1].scales
+    scales = file.write(artifact.read(last.place).view(np.float16).reshape(last.shape))
+    return Quantized(item.shape, item.block, (Term(bits, stored, scales),))
+
+
+def whole_codes(read: Callable[..., U8Array], item: Planes, depth: int) -> Iterator[U8Array]:
+    """The codes of a matrix at a depth, composed of its planes, some bytes at a time."""
+    first, *rest = item.at(depth).terms
+    planes = [read(term.codes.place) for term in (first, *rest)]
+    n_chunks = max(1, -(-len(planes[0]) // CHUNK_BYTES))
+    cut = [np.linspace(0, len(planes[0]), n_chunks + 1).astype(np.int64)]
+    for i in range(n_chunks):
+        low, high = int(cut[0][i]), int(cut[0][i + 1])
+        codes, bits, scale = planes[0][low:high], first.bits, 1
+        for plane, term in zip(planes[1:], rest, strict=True):
+            assert term.bits == bits, "planes of a code double its bits"
+            codes = composed(codes, plane[low * scale : high * scale], bits)
+            bits, scale = 2 * bits, 2 * scale
+        yield codes
