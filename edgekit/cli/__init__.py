@@ -11,6 +11,7 @@ import click
 
 from edgekit import __version__
 from edgekit.cli.convert import convert
+from edgekit.cli.devices import devices
 from edgekit.cli.evaluate import evaluate
 from edgekit.cli.inspect import inspect, verify
 from edgekit.cli.materialize import materialize
@@ -102,5 +103,5 @@ def main() -> None:
     """
 
 
-for command in (convert, plan, run, materialize, evaluate, prune, inspect, verify):
+for command in (convert, plan, run, materialize, evaluate, prune, inspect, verify, devices):
     main.add_command(command)
