@@ -35,7 +35,8 @@ LAYERS = (
     {"engine", "prune_report"},
     {"session"},
     {"loader"},
-    {"isolated", "trial"},
+    {"isolated", "profile", "trial"},
+    {"trials"},
     {"cli"},
     {"__main__"},
 )

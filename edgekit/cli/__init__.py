@@ -16,6 +16,7 @@ from edgekit.cli.evaluate import evaluate
 from edgekit.cli.inspect import inspect, verify
 from edgekit.cli.materialize import materialize
 from edgekit.cli.plan import plan
+from edgekit.cli.profile import profile
 from edgekit.cli.prune import prune
 from edgekit.cli.run import run
 from edgekit.errors import EdgekitError
@@ -103,5 +104,6 @@ def main() -> None:
     """
 
 
-for command in (convert, plan, run, materialize, evaluate, prune, inspect, verify, devices):
+COMMANDS = (convert, plan, run, materialize, profile, evaluate, prune, inspect, verify, devices)
+for command in COMMANDS:
     main.add_command(command)
