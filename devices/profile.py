@@ -74,6 +74,7 @@ class Device:
         prompt_operations_per_s: Multiplications and additions per second while a prompt is read.
         token_seconds: Of every token, whatever the model.
         layer_seconds: Of every layer and token, whatever its size.
+        prompt_layer_seconds: The same for every token of a prompt.
         small_bytes: Models up to this size stay in the processor's caches; ``None``: not known.
         small_decode_bytes_per_s: ``decode_bytes_per_s`` of those.
         small_prompt_operations_per_s: ``prompt_operations_per_s`` of those.
@@ -94,6 +95,7 @@ class Device:
     prompt_operations_per_s: Figure
     token_seconds: Figure
     layer_seconds: Figure
+    prompt_layer_seconds: Figure
     small_bytes: Figure | None = None
     small_decode_bytes_per_s: Figure | None = None
     small_prompt_operations_per_s: Figure | None = None

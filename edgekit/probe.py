@@ -112,7 +112,9 @@ def described(name: str, measured: Measured) -> Device:
     total, how = psutil.virtual_memory().total, f"edgekit devices probe, {time.strftime('%F')}"
     small = {kind: _small_rates(kind, timings) for kind in TYPES}
     token, layer = _fixed_costs(timings, small[COMMON][0])
-    large = {kind: _large_rates(large_shape(kind), timings, token, layer) for kind in TYPES}
+    prompt = _prompt_cost(timings, small[COMMON][1])
+    fixed = token, layer, prompt
+    large = {kind: _large_rates(large_shape(kind), timings, fixed) for kind in TYPES}
 
     def figure(value: float, what: str = "llama.cpp") -> Figure:
         return Figure(_digits(value), "measured", f"{how}: {what}")
@@ -137,6 +139,7 @@ def described(name: str, measured: Measured) -> Device:
         prompt_operations_per_s=by_type(large, 1),
         token_seconds=figure(token),
         layer_seconds=figure(layer),
+        prompt_layer_seconds=figure(prompt),
         small_bytes=Figure(_cache_bytes(), "measured", f"{how}: the processor's last cache"),
         small_decode_bytes_per_s=by_type(small, 0),
         small_prompt_operations_per_s=by_type(small, 1),
@@ -148,7 +151,7 @@ def _small_rates(kind: str, timings: Mapping[ProbeShape, Timing]) -> tuple[float
     narrow, wide = small_shape(kind, 4, 256), small_shape(kind, 4, 1024)
     less, more = timings[narrow], timings[wide]
     token = _positive(more.token - less.token, more.token)
-    prompt = _positive(more.prompt - less.prompt, more.prompt)
+    prompt = _positive(more.prompt - less.prompt - token, more.prompt)
     n_bytes = wide.weights_bytes - narrow.weights_bytes
     return n_bytes / token, 2 * N_PROMPT * (wide.prompt_weights - narrow.prompt_weights) / prompt
 
@@ -162,6 +165,13 @@ def _fixed_costs(timings: Mapping[ProbeShape, Timing], rate: float) -> tuple[flo
     return _positive(token, shallow), layer
 
 
+def _prompt_cost(timings: Mapping[ProbeShape, Timing], rate: float) -> float:
+    """Seconds of a layer and a token of a prompt whatever their size."""
+    whole = (timings[DEEP].prompt - timings[SHALLOW].prompt) / N_PROMPT
+    weights = 2 * (DEEP.prompt_weights - SHALLOW.prompt_weights) / rate
+    return _positive(whole - weights, whole) / (DEEP.layers - SHALLOW.layers)
+
+
 def _attention_per_s(deep: Timing) -> float:
     cells = CONTEXT - CELLS
     return DEEP.attention * cells / _positive(deep.late_token - deep.token, deep.late_token)
@@ -170,13 +180,13 @@ def _attention_per_s(deep: Timing) -> float:
 def _large_rates(
     shape: ProbeShape,
     timings: Mapping[ProbeShape, Timing],
-    token: float,
-    layer: float,
+    fixed: tuple[float, float, float],
 ) -> tuple[float, float]:
     """Bytes and operations per second of a model of real width, less what is not weights."""
-    timing, fixed = timings[shape], token + shape.layers * layer
-    decode = _positive(timing.token - fixed, timing.token)
-    prompt = _positive(timing.prompt - fixed, timing.prompt)
+    timing, (token, layer, read) = timings[shape], fixed
+    decode = _positive(timing.token - token - shape.layers * layer, timing.token)
+    not_weights = timing.token + N_PROMPT * shape.layers * read
+    prompt = _positive(timing.prompt - not_weights, timing.prompt)
     return shape.weights_bytes / decode, 2 * N_PROMPT * shape.prompt_weights / prompt
 
 

@@ -3,7 +3,8 @@
 A token reads every weight that it uses once, and the keys and values of all tokens before it. The
 seconds of a token are those bytes over what the device decodes per second, plus a cost per token
 and per layer, which small models feel. A prompt is limited by arithmetic: two operations for every
-weight and token; the output head computes its last position only.
+weight and token, the output head's for its last position only; and each batch of it reads all
+weights once, as a token does.
 """
 
 import re
@@ -111,12 +112,13 @@ def prompt_seconds(device: Device, work: Work, n_tokens: int) -> float:
     """Seconds until a prompt of ``n_tokens`` is read, attention to its own tokens included."""
     rates = device.prompt_rates(work.model_bytes)
     per_token = sum(2 * n / rates.of(kind) for kind, n in work.prompt_weights.items())
+    per_token += work.layers * device.prompt_layer_seconds.value
     starts = range(0, n_tokens, work.batch)
     ends = [min(start + work.batch, n_tokens) for start in starts]
     pairs = zip(starts, ends, strict=True)
     attended = sum((end - start) * work.attended(end) for start, end in pairs)
     attention = attended / device.attention_per_s.value
-    return n_tokens * per_token + attention + len(ends) * _fixed_seconds(device, work)
+    return n_tokens * per_token + attention + len(ends) * token_seconds(device, work)
 
 
 def _fixed_seconds(device: Device, work: Work) -> float:

@@ -341,6 +341,7 @@ FIGURE_UNITS = {
     "prompt_operations_per_s": "rate",
     "token_seconds": "seconds",
     "layer_seconds": "seconds",
+    "prompt_layer_seconds": "seconds",
 }
 
 
