@@ -112,7 +112,9 @@ def described(name: str, measured: Measured) -> Device:
     total, how = psutil.virtual_memory().total, f"edgekit devices probe, {time.strftime('%F')}"
     small = {kind: _small_rates(kind, timings) for kind in TYPES}
     token, layer = _fixed_costs(timings, small[COMMON][0])
-    prompt = _prompt_cost(timings, small[COMMON][1])
+    # Of small models types differ by less than timings do
+    small_prompt = statistics.median(prompt for _, prompt in small.values())
+    prompt = _prompt_cost(timings, small_prompt)
     fixed = token, layer, prompt
     large = {kind: _large_rates(large_shape(kind), timings, fixed) for kind in TYPES}
 
@@ -142,7 +144,7 @@ def described(name: str, measured: Measured) -> Device:
         prompt_layer_seconds=figure(prompt),
         small_bytes=Figure(_cache_bytes(), "measured", f"{how}: the processor's last cache"),
         small_decode_bytes_per_s=by_type(small, 0),
-        small_prompt_operations_per_s=by_type(small, 1),
+        small_prompt_operations_per_s=figure(small_prompt),
     )
 
 
