@@ -169,9 +169,10 @@ def _fixed_costs(timings: Mapping[ProbeShape, Timing], rate: float) -> tuple[flo
 
 def _prompt_cost(timings: Mapping[ProbeShape, Timing], rate: float) -> float:
     """Seconds of a layer and a token of a prompt whatever their size."""
-    whole = (timings[DEEP].prompt - timings[SHALLOW].prompt) / N_PROMPT
+    deep, shallow = timings[DEEP], timings[SHALLOW]
+    rest = (deep.prompt - deep.token - shallow.prompt + shallow.token) / N_PROMPT
     weights = 2 * (DEEP.prompt_weights - SHALLOW.prompt_weights) / rate
-    return _positive(whole - weights, whole) / (DEEP.layers - SHALLOW.layers)
+    return _positive(rest - weights, deep.prompt / N_PROMPT) / (DEEP.layers - SHALLOW.layers)
 
 
 def _attention_per_s(deep: Timing) -> float:

@@ -20,7 +20,6 @@ def devices(ctx: click.Context, as_json: bool, verbose: bool) -> None:
 
     \b
         edgekit devices
-        edgekit devices probe -o this-machine.toml
     """
     if ctx.invoked_subcommand is not None:
         return

@@ -92,10 +92,13 @@ def by_llama_cpp(checkpoint: Path, out: Path, work: Path) -> Iterator[Built]:
 
 
 def by_onnxruntime_genai(checkpoint: Path, out: Path, work: Path) -> Iterator[Built]:
-    """The model builder, 4 bits for the processor, as it comes and with smaller blocks."""
+    """The model builder, 4 bits for the processor: blocks of 32 as it comes, and larger ones."""
     python = python_of(work, "onnxruntime-genai")
-    for name, options in (("int4", ()), ("int4 by k_quant", ("int4_algo_config=k_quant",))):
-        path = out / f"onnx-{name.replace(' ', '-')}"
+    for name, options in (
+        ("int4", ()),
+        ("int4, blocks of 128", ("int4_block_size=128",)),
+    ):
+        path = out / f"onnx-{name.split()[-1]}"
         words = [python, "-m", "onnxruntime_genai.models.builder", "-m", "sample", "-i", checkpoint]
         words += ["-o", path, "-p", "int4", "-e", "cpu", "-c", out / "onnx-cache"]
         words += ["--extra_options", *options] if options else []
