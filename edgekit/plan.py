@@ -133,6 +133,12 @@ def batch_and_memory(
     return batch, memory
 
 
+def least_bytes(catalog: Catalog, context: int, kv_type: str = "f16") -> int:
+    """The smallest budget that `plan_budget` has a plan for."""
+    lowest = uniform(catalog.stacks, lambda stack: stack.tiers[0]).weights_bytes
+    return lowest + memory_of(shape_in(catalog), context, kv_type, BATCHES[-1]).total
+
+
 def with_repacking(catalog: Catalog, plan: Plan) -> Plan:
     """The plan with repacked weights where their bytes fit the budget too, else as it is.
 

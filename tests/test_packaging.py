@@ -45,7 +45,7 @@ def test_everything_that_make_installs_is_pinned():
 
 def test_the_device_side_needs_no_torch():
     needed = {"numpy", "gguf", "llama-cpp-python", "zstandard", "psutil", "click", "rich"}
-    needed.add("requests")
+    needed |= {"requests", "tomli"}  # the last of Python 3.10
     assert names(PROJECT["project"]["dependencies"]) == needed
 
 
@@ -66,7 +66,7 @@ def test_a_wheel_holds_the_packages_the_data_and_no_weights(tmp_path):
     wanted = {
         f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}"
         for package, folder in check_types.FOLDERS.items()
-        for pattern in ("*.py", "*.c", "*.h", "*.json", "text/*.txt")
+        for pattern in ("*.py", "*.c", "*.h", "*.json", "*.html", "text/*.txt", "profiles/*.toml")
         for path in (ROOT / folder).rglob(pattern)
         if "tiny-" not in str(path)
     }

@@ -11,11 +11,13 @@ import click
 
 from edgekit import __version__
 from edgekit.cli.convert import convert
+from edgekit.cli.devices import devices
 from edgekit.cli.evaluate import evaluate
 from edgekit.cli.export import export
 from edgekit.cli.inspect import inspect, verify
 from edgekit.cli.materialize import materialize
 from edgekit.cli.plan import plan
+from edgekit.cli.profile import profile
 from edgekit.cli.prune import prune
 from edgekit.cli.pull import pull
 from edgekit.cli.run import run
@@ -107,7 +109,8 @@ def main() -> None:
 
 
 COMMANDS = (
-    convert, plan, run, serve, pull, materialize, export, evaluate, prune, trace, inspect, verify
+    convert, plan, run, serve, pull, materialize, export, profile, evaluate, prune, trace, inspect,
+    verify, devices,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)
