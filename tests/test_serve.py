@@ -512,7 +512,7 @@ def test_without_its_libraries_it_tells_what_to_install(
 ) -> None:
     for name in [n for n in sys.modules if n.split(".")[0] in ("uvicorn", "starlette")]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("edgekit.server.app", "edgekit.server.listen"):
+    for name in ("edgekit.server.app", "edgekit.server.bodies", "edgekit.server.listen"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "starlette", None)
     result = invoke(str(artifact), "--budget", ROOMY)

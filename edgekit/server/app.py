@@ -17,67 +17,13 @@ from edgekit.server import ask as asks
 from edgekit.server import metrics
 from edgekit.server.access import Access
 from edgekit.server.answer import Body, Form, event
-from edgekit.server.ask import ApiError, Ask
+from edgekit.server.ask import Ask
+from edgekit.server.bodies import Bodies
+from edgekit.server.error import ApiError
 from edgekit.server.worker import Done, Event, Job, Worker
 from edgekit.sizes import parse_size
 
-BODY_SECONDS = 30.0  # a body must have come in
-LEAST_BODY, BODY_BYTES_PER_TOKEN = 1 << 16, 16
-BODIES_HELD = 4  # times the largest body there may be, all that wait together
-# Libraries take 7 MiB, 64 connections with full buffers some 6, JSON some 30 times its bytes
-BESIDES_BYTES, BESIDES_PER_BODY = 12 << 20, 32
-Handler = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
-
-
-def body_bytes(context: int) -> int:
-    """The most bytes that a request may have, by the tokens of the context."""
-    return LEAST_BODY + BODY_BYTES_PER_TOKEN * context
-
-
-def server_bytes(context: int) -> int:
-    """What serving takes besides the model; see docs/serve.md for what was measured."""
-    return BESIDES_BYTES + (BESIDES_PER_BODY + BODIES_HELD) * body_bytes(context)
-
-
-class Bodies:
-    """Bodies of requests in memory, bounded so that clients cannot break the budget.
-
-    Attributes:
-        most: Bytes of one; what the context can hold, generously.
-        held: Bytes of all that came and are not answered.
-    """
-
-    def __init__(self, context: int) -> None:
-        """For a context of so many tokens."""
-        self.most, self.held = body_bytes(context), 0
-
-    @contextlib.asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[Body]:
-        """The JSON object of a request; it counts as held until the block ends.
-
-        Only as ``application/json``, which a web page may not send to another origin unasked.
-        """
-        kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise ApiError(415, f"the content type is {kind[:80]!a}, needs application/json")
-        data = bytearray()
-        try:
-            await asyncio.wait_for(self._read_into(data, request), BODY_SECONDS)
-            yield asks.loads(bytes(data))
-        except asyncio.TimeoutError as error:
-            raise ApiError(408, f"the body did not come in {BODY_SECONDS:.0f} s") from error
-        finally:
-            self.held -= len(data)
-
-    async def _read_into(self, data: bytearray, request: Request) -> None:
-        async for chunk in request.stream():
-            data += chunk
-            self.held += len(chunk)
-            if len(data) > self.most:
-                raise ApiError(413, f"the body has more than {self.most} bytes")
-            if self.held > BODIES_HELD * self.most:
-                raise ApiError(429, "too much is asked for at once; try again later")
 
 
 def make_app(worker: Worker, access: Access) -> Starlette:
@@ -148,8 +94,7 @@ class _Served:
         self._check_host(request)
         self._access.check_budget(request.headers.get("Authorization", ""))
         if request.method == "POST":
-            async with self._bodies.read(request) as body, self._one_change:
-                n_bytes = _budget_of(body.get("budget"))
+            async with self._bodies.read(request, _budget_of) as n_bytes, self._one_change:
                 await self._resize(n_bytes)
         return JSONResponse(self._loaded())
 
@@ -170,8 +115,7 @@ class _Served:
 
     async def _completion(self, request: Request, read: Callable[[Body], Ask]) -> Response:
         self._check_api(request)
-        async with self._bodies.read(request) as body:
-            ask = read(body)
+        async with self._bodies.read(request, read) as ask:
             answer = _Answer(self._worker, ask)
             try:
                 first = await _unless_gone(request, answer.next())
@@ -284,8 +228,9 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _budget_of(value: object) -> int:
+def _budget_of(body: Body) -> int:
     """Bytes, a size such as ``900MiB``, or ``auto``."""
+    value = body.get("budget")
     if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 62:
         return value
     if value == "auto":

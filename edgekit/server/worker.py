@@ -10,7 +10,8 @@ from edgekit.errors import DoesNotFitError, EdgekitError, TooLongError, UsageErr
 from edgekit.llama import Timings
 from edgekit.llama.generation import StopReason
 from edgekit.progress import Progress
-from edgekit.server.ask import ApiError, Ask
+from edgekit.server.ask import Ask
+from edgekit.server.error import ApiError
 from edgekit.session import Session
 
 MAX_WAITING = 32  # requests; more are turned away
