@@ -427,6 +427,8 @@ def test_another_version_does_not_grow_into_this_one(artifact, tmp_path, out) ->
         (["ftp://example.org/x"], "is no URL of the kind http://, https:// or file:///"),
         (["."], "is no URL of the kind http://, https:// or file:///; give file:///"),
         (["file://example.org/x"], "is no URL of the kind"),
+        (["http://[::1/x"], "is no URL: Invalid IPv6 URL"),
+        (["http://localhost:99999/x"], "is no URL: Port out of range"),
         (["file:///nowhere"], "/nowhere holds no edgekit.json; check the URL"),
         ([], "say where the artifact is: give a URL"),
         (["--grow"], "holds no artifact to grow; pull it without --grow"),
