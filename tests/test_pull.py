@@ -279,6 +279,18 @@ def test_what_lies_there_is_trusted_by_its_hash_only(
     assert (where == -1) == (body["transferred_bytes"] < body["total_bytes"])
 
 
+def test_what_is_longer_than_needed_is_cut(server: Served, artifact: Path, out: Path) -> None:
+    """Left by a try with a larger budget, or by somebody else."""
+    staged = out.with_name(".edge.pull")
+    staged.mkdir()
+    for name in (BASE, LEVELS):
+        (staged / name).write_bytes((artifact / name).read_bytes() + b"more")
+    body = pulled(server.url, "-o", out, "--budget", budgets(artifact)[2], "--context", 256)
+    assert body["transferred_bytes"] == body["manifest_bytes"]
+    assert (out / BASE).read_bytes() == (artifact / BASE).read_bytes()
+    assert (out / LEVELS).stat().st_size == body["levels_bytes"]
+
+
 def test_a_corrupt_artifact_does_not_grow_and_stays_as_it_is(
     server: Served, artifact: Path, out: Path
 ) -> None:

@@ -59,9 +59,9 @@ class _Served:
     async def health(self, request: Request) -> Response:
         """Whether a depth is loaded."""
         self._check_host(request)
-        is_loaded = self._worker.session.is_loaded
-        status = "ok" if is_loaded else "no depth is loaded: memory is short"
-        return JSONResponse({"status": status}, 200 if is_loaded else 503)
+        if self._worker.session.is_given_up:
+            return JSONResponse({"status": "memory is short: no depth is loaded"}, 503)
+        return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
         """For Prometheus."""

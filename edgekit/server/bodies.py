@@ -11,7 +11,7 @@ from edgekit.server import ask
 from edgekit.server.error import ApiError
 
 BODY_SECONDS = 30.0  # a body must have come in
-LEAST_BODY, BODY_BYTES_PER_TOKEN = 1 << 16, 16
+LEAST_BODY, BODY_BYTES_PER_TOKEN = 1 << 16, 8
 BODIES_HELD = 4  # times the largest body there may be, all that wait together
 # Libraries take 7 MiB, 64 connections with full buffers some 5, JSON some 30 times its bytes
 BESIDES_BYTES, BESIDES_PER_BODY = 12 << 20, 32

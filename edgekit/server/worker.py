@@ -82,7 +82,7 @@ class Worker:
     def __init__(self, session: Session, progress: Progress) -> None:
         """Start nothing yet."""
         self.session, self.totals, self.is_busy = session, Totals(), False
-        self._progress = progress
+        self._progress, self._context = progress, session.plan.context
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker")
@@ -157,7 +157,7 @@ class Worker:
         is_text = isinstance(ask.prompt, str)
         generation = self.session.generate(
             ask.prompt if isinstance(ask.prompt, str) else self.session.prompt_of(ask.prompt),
-            self.session.plan.context if ask.n_tokens is None else ask.n_tokens,
+            self._context if ask.n_tokens is None else ask.n_tokens,
             ask.sampling,
             chat=not is_text,
             stop=ask.stop,
