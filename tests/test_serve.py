@@ -29,8 +29,8 @@ from edgekit.llama import Sampling
 MIB = 1 << 20
 ROOMY = "1GiB"
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    "{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    "{% if messages[0].role == 'assistant' %}{{ raise_exception('begin with the user') }}"
+    "{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 )
 GREEDY = Sampling(temperature=0, ignore_eos=True)
 # what the official client has no argument for
@@ -229,6 +229,8 @@ ONE = {"role": "user", "content": "a"}
         ("chat/completions", {"messages": [ONE | {"role": "king"}]}, 400, "messages[0].role"),
         ("chat/completions", {"messages": [ONE | {"content": [{"type": "image_url"}]}]}, 400,
          "a part of type text; others are not supported"),
+        ("chat/completions", {"messages": [ONE | {"role": "assistant"}]}, 400,
+         "chat template fails: begin with the user"),
         ("chat/completions", {"messages": [ONE], "tools": [{}]}, 400, "'tools'"),
         ("chat/completions", {"messages": [ONE], "response_format": {"type": "json_object"}}, 400,
          "'response_format'"),

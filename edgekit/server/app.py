@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from edgekit.devices.memory import auto_budget, held_bytes
 from edgekit.errors import DoesNotFitError, EdgekitError, UsageError
@@ -103,7 +104,7 @@ class _Served:
         done: asyncio.Future[EdgekitError | None] = loop.create_future()
 
         def told(error: EdgekitError | None) -> None:
-            loop.call_soon_threadsafe(done.set_result, error)
+            _later(loop, done.set_result, error)
 
         self._worker.session.request(n_bytes, told)
         self._worker.wake()
@@ -130,9 +131,7 @@ class _Served:
         if isinstance(first, ApiError):
             raise first
         if form.ask.stream:
-            headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            events = _events(answer, form, first)
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+            return _Stream(answer, form, first)
         text, done = await _unless_gone(request, answer.rest(first))
         return JSONResponse(form.whole(text, done.stopped, done.timings))
 
@@ -166,7 +165,7 @@ class _Answer:
     def __init__(self, worker: Worker, ask: Ask) -> None:
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._job = Job(ask, lambda e: _tell(loop, self._events, e))
+        self._job = Job(ask, lambda found: _later(loop, self._events.put_nowait, found))
         worker.submit(self._job)
 
     async def next(self) -> Event:
@@ -187,27 +186,40 @@ class _Answer:
         self._job.is_gone.set()
 
 
-def _tell(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Event]", e: Event) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop ended: the server was told to end at once
-        loop.call_soon_threadsafe(events.put_nowait, e)
+def _later(loop: asyncio.AbstractEventLoop, call: Callable[[T], None], value: T) -> None:
+    """Call in the loop's thread, unless the loop has ended: the server was told to end at once."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, value)
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; when the client goes away, the job ends."""
+
+    def __init__(self, answer: _Answer, form: Form, first: Event) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        events = _events(answer, form, first)
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.abandon()
 
 
 async def _events(answer: _Answer, form: Form, first: Event) -> AsyncIterator[str]:
-    """The stream; when the client goes away, it is closed here and the job ends."""
-    try:
-        for line in form.first():
-            yield line
-        found = first
-        while isinstance(found, str):
-            yield form.piece(found)
-            found = await answer.next()
-        if isinstance(found, ApiError):  # too late for a status
-            yield event(found.body)
-            return
-        for line in form.last(found.stopped, found.timings):
-            yield line
-    finally:
-        answer.abandon()
+    for line in form.first():
+        yield line
+    found = first
+    while isinstance(found, str):
+        yield form.piece(found)
+        found = await answer.next()
+    if isinstance(found, ApiError):  # too late for a status
+        yield event(found.body)
+        return
+    for line in form.last(found.stopped, found.timings):
+        yield line
 
 
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
