@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from click.testing import CliRunner, Result
 from static_server import CUT_AFTER, Served, serving
 from tiny_artifact import SHAPE, make_artifact
@@ -23,9 +24,12 @@ from edgekit import pull as module
 from edgekit.artifact import open_artifact, verify
 from edgekit.catalog import open_catalog
 from edgekit.cli import main
+from edgekit.errors import RefusedError
 from edgekit.manifest import dumps
 from edgekit.manifest_reader import loads
 from edgekit.plan import plan_budget
+from edgekit.progress import Silent
+from edgekit.remote import HttpSource
 
 BASE, LEVELS = "checkpoint-Q2_K.gguf", "checkpoint.levels"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
@@ -253,6 +257,28 @@ def test_redirects_in_the_web_are_followed(server: Served, artifact: Path, out: 
         server.fault = f"redirect:{other.url}{LEVELS}"
         pulled(server.url, "-o", out, "--budget", "1GiB")
         assert [name for name, _ in other.requests] == [LEVELS]
+
+
+@pytest.mark.parametrize(
+    ("begin", "target", "is_followed"),
+    [
+        ("https://a.example/x", "http://a.example/x", False),
+        ("https://a.example/x", "https://b.example/y", True),
+        ("http://a.example/x", "https://a.example/x", True),
+        ("http://a.example/x", "/y", True),
+    ],
+)
+def test_no_redirect_leads_from_tls_to_plain_text(
+    begin: str, target: str, is_followed: bool
+) -> None:
+    answer = requests.Response()
+    answer.url, answer.headers["Location"] = begin, target
+    source = HttpSource(begin, Silent())
+    if is_followed:
+        assert source._redirected(answer).endswith(target)
+    else:
+        with pytest.raises(RefusedError, match="it redirects to 'http://a.example/x'"):
+            source._redirected(answer)
 
 
 def damage(path: Path, offset: int) -> None:
