@@ -277,7 +277,7 @@ def test_no_redirect_leads_from_tls_to_plain_text(
     if is_followed:
         assert source._redirected(answer).endswith(target)
     else:
-        with pytest.raises(RefusedError, match="it redirects to 'http://a.example/x'"):
+        with pytest.raises(RefusedError, match=r"it redirects to 'http://a\.example/x'"):
             source._redirected(answer)
 
 

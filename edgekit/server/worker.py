@@ -97,7 +97,7 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """End when the jobs that are here are done."""
+        """End after the job that runs; the application has waited for all it wants."""
         self._ends.set()
         self._jobs.put(None)
         self._thread.join()
@@ -118,7 +118,7 @@ class Worker:
         self._jobs.put(None)
 
     def _run(self) -> None:
-        while not (self._ends.is_set() and self._jobs.empty()):
+        while not self._ends.is_set():
             try:
                 job = self._jobs.get(timeout=IDLE_SECONDS)
             except queue.Empty:
@@ -127,14 +127,14 @@ class Worker:
                 self.is_busy = True
                 self._do(job)
                 self.is_busy = False
-            elif not self._ends.is_set():
+            else:
                 self._idle()
 
     def _idle(self) -> None:
         try:
             self.session.adapt()
-        except EdgekitError as error:  # no memory: the next request may find more
-            self._progress.note(str(error))
+        except Exception as error:  # no memory, mostly; the next request may find more
+            self._progress.note(f"{error or type(error).__name__}")
 
     def _do(self, job: Job) -> None:
         try:
