@@ -134,7 +134,7 @@ class Worker:
         try:
             self.session.adapt()
         except Exception as error:  # no memory, mostly; the next request may find more
-            self._progress.note(f"{error or type(error).__name__}")
+            self._progress.note(str(error) or type(error).__name__)
 
     def _do(self, job: Job) -> None:
         try:
