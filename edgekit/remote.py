@@ -63,13 +63,22 @@ def open_source(url: str, progress: Progress) -> Source:
     Raises:
         UsageError: The URL is none of these.
     """
-    parts = urllib.parse.urlsplit(url)
+    parts = _split(url)
     if parts.scheme in ("http", "https") and parts.hostname:
         return HttpSource(url, progress)
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
         return FileSource(Path(urllib.request.url2pathname(_folder(parts.path))))
     hint = f"; give {Path(url).resolve().as_uri()}" if Path(url).is_dir() else ""
     raise UsageError(f"{url!a} is no URL of the kind http://, https:// or file:///{hint}")
+
+
+def _split(url: str) -> urllib.parse.SplitResult:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        assert parts.port is None or parts.port >= 0  # reading it checks it
+    except ValueError as error:
+        raise UsageError(f"{url!a} is no URL: {error}") from error
+    return parts
 
 
 def _folder(path: str) -> str:
@@ -181,7 +190,10 @@ class HttpSource:
             raise EdgekitError(f"{without_secrets(url)}: {_reason(error)}") from error
         except (requests.ConnectionError, requests.Timeout) as error:
             raise CutError(f"{without_secrets(url)}: {_reason(error)}") from error
-        except (requests.RequestException, ValueError) as error:  # what is no URL, among others
+        except (
+            requests.RequestException,
+            ValueError,
+        ) as error:  # also where it redirects to no URL
             raise EdgekitError(f"{without_secrets(url)}: {_reason(error)}") from error
         with answer:
             yield answer

@@ -137,9 +137,9 @@ class Session:
         return self._engine.plan or self._home_plan
 
     @property
-    def is_loaded(self) -> bool:
-        """Whether there is a model; memory pressure may have taken it for a while."""
-        return self._engine.is_loaded
+    def is_given_up(self) -> bool:
+        """Whether memory pressure has taken the whole model, until there is room again."""
+        return bool(self.changes) and self.changes[-1].after_bytes == 0
 
     @property
     def context(self) -> Context:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from click.testing import CliRunner, Result
 from static_server import CUT_AFTER, Served, serving
 from tiny_artifact import SHAPE, make_artifact
@@ -23,9 +24,12 @@ from edgekit import pull as module
 from edgekit.artifact import open_artifact, verify
 from edgekit.catalog import open_catalog
 from edgekit.cli import main
+from edgekit.errors import RefusedError
 from edgekit.manifest import dumps
 from edgekit.manifest_reader import loads
 from edgekit.plan import plan_budget
+from edgekit.progress import Silent
+from edgekit.remote import HttpSource
 
 BASE, LEVELS = "checkpoint-Q2_K.gguf", "checkpoint.levels"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
@@ -255,6 +259,28 @@ def test_redirects_in_the_web_are_followed(server: Served, artifact: Path, out: 
         assert [name for name, _ in other.requests] == [LEVELS]
 
 
+@pytest.mark.parametrize(
+    ("begin", "target", "is_followed"),
+    [
+        ("https://a.example/x", "http://a.example/x", False),
+        ("https://a.example/x", "https://b.example/y", True),
+        ("http://a.example/x", "https://a.example/x", True),
+        ("http://a.example/x", "/y", True),
+    ],
+)
+def test_no_redirect_leads_from_tls_to_plain_text(
+    begin: str, target: str, is_followed: bool
+) -> None:
+    answer = requests.Response()
+    answer.url, answer.headers["Location"] = begin, target
+    source = HttpSource(begin, Silent())
+    if is_followed:
+        assert source._redirected(answer).endswith(target)
+    else:
+        with pytest.raises(RefusedError, match=r"it redirects to 'http://a\.example/x'"):
+            source._redirected(answer)
+
+
 def damage(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 1
@@ -277,6 +303,18 @@ def test_what_lies_there_is_trusted_by_its_hash_only(
     for name in (BASE, LEVELS):
         assert (out / name).read_bytes() == (artifact / name).read_bytes()
     assert (where == -1) == (body["transferred_bytes"] < body["total_bytes"])
+
+
+def test_what_is_longer_than_needed_is_cut(server: Served, artifact: Path, out: Path) -> None:
+    """Left by a try with a larger budget, or by somebody else."""
+    staged = out.with_name(".edge.pull")
+    staged.mkdir()
+    for name in (BASE, LEVELS):
+        (staged / name).write_bytes((artifact / name).read_bytes() + b"more")
+    body = pulled(server.url, "-o", out, "--budget", budgets(artifact)[2], "--context", 256)
+    assert body["transferred_bytes"] == body["manifest_bytes"]
+    assert (out / BASE).read_bytes() == (artifact / BASE).read_bytes()
+    assert (out / LEVELS).stat().st_size == body["levels_bytes"]
 
 
 def test_a_corrupt_artifact_does_not_grow_and_stays_as_it_is(
@@ -427,6 +465,8 @@ def test_another_version_does_not_grow_into_this_one(artifact, tmp_path, out) ->
         (["ftp://example.org/x"], "is no URL of the kind http://, https:// or file:///"),
         (["."], "is no URL of the kind http://, https:// or file:///; give file:///"),
         (["file://example.org/x"], "is no URL of the kind"),
+        (["http://[::1/x"], "is no URL: Invalid IPv6 URL"),
+        (["http://localhost:99999/x"], "is no URL: Port out of range"),
         (["file:///nowhere"], "/nowhere holds no edgekit.json; check the URL"),
         ([], "say where the artifact is: give a URL"),
         (["--grow"], "holds no artifact to grow; pull it without --grow"),

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from bench.checkpoints import Shape
-from control_groups import real_group
+from control_groups import HOG, real_group
 from converted import tiny, weighted
-from tiny_artifact import make_artifact
+from tiny_artifact import LARGER, make_artifact
 
 MIB = 1 << 20
 EDGEKIT = [sys.executable, "-m", "edgekit"]
@@ -31,17 +30,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """40 M parameters: 80 MiB of weights at the top depth, 14 MiB at the lowest."""
-    shape = Shape(
-        num_hidden_layers=6,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        head_dim=64,
-        vocab_size=4096,
-    )
-    return str(make_artifact(tmp_path_factory.mktemp("larger"), shape))
+    return str(make_artifact(tmp_path_factory.mktemp("larger"), LARGER))
 
 
 def smallest(artifact: str, context: int) -> int:
@@ -248,18 +237,6 @@ def _lower(group: object, n_bytes: int) -> None:
         except OSError:
             time.sleep(0.05)
     raise AssertionError(f"the process did not give way to a limit of {n_bytes} bytes")
-
-
-HOG = """
-import sys, time
-top, held = int(sys.argv[1]), []
-for _ in range(20):
-    block = bytearray(top // 20)
-    block[::4096] = b"x" * len(block[::4096])
-    held.append(block)
-    time.sleep(0.05)
-time.sleep(0.5)
-"""
 
 
 def test_a_neighbour_that_eats_memory_takes_depth_and_gives_it_back(larger: str) -> None:

@@ -16,10 +16,11 @@ import psutil
 import pytest
 import requests
 from click.testing import CliRunner
-from control_groups import real_group
+from control_groups import HOG, real_group
 from converted import plain
 from models import add_tokenizer, make_checkpoint
 from served import KEY, TOKEN, Served, serving, told_token
+from tiny_artifact import LARGER, make_artifact
 
 import edgekit
 from edgekit.cli import main
@@ -28,8 +29,8 @@ from edgekit.llama import Sampling
 MIB = 1 << 20
 ROOMY = "1GiB"
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    "{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    "{% if messages[0].role == 'assistant' %}{{ raise_exception('begin with the user') }}"
+    "{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 )
 GREEDY = Sampling(temperature=0, ignore_eos=True)
 # what the official client has no argument for
@@ -228,6 +229,8 @@ ONE = {"role": "user", "content": "a"}
         ("chat/completions", {"messages": [ONE | {"role": "king"}]}, 400, "messages[0].role"),
         ("chat/completions", {"messages": [ONE | {"content": [{"type": "image_url"}]}]}, 400,
          "a part of type text; others are not supported"),
+        ("chat/completions", {"messages": [ONE | {"role": "assistant"}]}, 400,
+         "chat template fails: begin with the user"),
         ("chat/completions", {"messages": [ONE], "tools": [{}]}, 400, "'tools'"),
         ("chat/completions", {"messages": [ONE], "response_format": {"type": "json_object"}}, 400,
          "'response_format'"),
@@ -487,6 +490,34 @@ def test_inside_a_group_of_exactly_the_budget_a_flood_does_not_kill_it(artifact:
             assert served.metrics()["edgekit_peak_resident_bytes"] <= budget
 
 
+@pytest.mark.slow
+def test_memory_pressure_changes_the_depth_while_streams_go_on(tmp_path: Path) -> None:
+    """A neighbour in the same group eats what was free; the depth comes back after it."""
+    larger, context = make_artifact(tmp_path, LARGER), ["--context", "1536"]
+    with serving(larger, "--budget", ROOMY, *context) as served:
+        size = smallest(served) + 110 * MIB
+    budget, pressure = size - 30 * MIB, 'edgekit_resizes_total{reason="pressure"}'
+    with (
+        real_group(size) as group,
+        serving(larger, "--budget", str(budget), *context, start=group.start) as served,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        before = served.metrics()["edgekit_weights_bytes"]
+        fields: dict[str, Any] = {"model": "any", "max_tokens": 700, "extra_body": EXACT}
+        create = served.client(timeout=300).completions.create
+        streams = [
+            pool.submit(lambda p: text_of(create(prompt=p, stream=True, **fields)), word)
+            for word in WORDS[:4]
+        ]
+        hog = group.start([sys.executable, "-c", HOG, str(90 * MIB)])
+        wait_for(lambda: served.metrics().get(pressure, 0) >= 1)
+        hog.communicate()
+        assert [stream.result(timeout=300)[1] for stream in streams] == ["length"] * 4
+        assert (hog.returncode, served.process.poll()) == (0, None)
+        wait_for(lambda: served.metrics()["edgekit_weights_bytes"] == before)
+        assert served.get("/health").status_code == 200
+
+
 def invoke(*words: str) -> Any:
     return CliRunner().invoke(main, ["serve", *words])
 
@@ -512,7 +543,7 @@ def test_without_its_libraries_it_tells_what_to_install(
 ) -> None:
     for name in [n for n in sys.modules if n.split(".")[0] in ("uvicorn", "starlette")]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("edgekit.server.app", "edgekit.server.listen"):
+    for name in ("edgekit.server.app", "edgekit.server.bodies", "edgekit.server.listen"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "starlette", None)
     result = invoke(str(artifact), "--budget", ROOMY)

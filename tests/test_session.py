@@ -253,8 +253,10 @@ def test_memory_that_never_comes_back_ends_with_one_line(
     with edgekit.load(artifact, budget=ROOMY, context=512) as session:
         monkeypatch.setattr("edgekit.governor.Governor.reserve", lambda self, n: 4 * n)
         monkeypatch.setattr("edgekit.session.read_pressure", lambda: Reading(0))
+        assert not session.is_given_up
         with pytest.raises(DoesNotFitError, match=r"memory did not come back in 0 s"):
             session.adapt(reading=Reading(0))
+        assert session.is_given_up
 
 
 def test_messages_reuse_what_the_context_has(artifact: Path, session: Session) -> None:

@@ -16,6 +16,16 @@ SHAPE = Shape(
     head_dim=64,
     vocab_size=512,
 )
+# 40 M parameters: 80 MiB of weights at the top depth, 14 MiB at the lowest
+LARGER = Shape(
+    num_hidden_layers=6,
+    hidden_size=768,
+    intermediate_size=2048,
+    num_attention_heads=12,
+    num_key_value_heads=4,
+    head_dim=64,
+    vocab_size=4096,
+)
 UNMEASURED = Options(statistics=False, measure=False, jobs=2)
 
 

@@ -73,7 +73,8 @@ def serve(
     """
     child = supervised()
     try:
-        from edgekit.server.app import make_app, server_bytes
+        from edgekit.server.app import make_app
+        from edgekit.server.bodies import server_bytes
         from edgekit.server.listen import bind, listen, url_of
     except ImportError as error:
         raise UsageError(f"serving needs more ({error}); pip install 'edgekit[serve]'") from error

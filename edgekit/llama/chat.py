@@ -37,7 +37,8 @@ def apply_chat_template(
         known = _render_known(template, messages, add_generation_prompt)
         if known is None:
             raise UsageError(
-                f"the model's chat template fails: {error}; run without a chat, with -p"
+                f"the model's chat template fails: {error}; mend the messages, or continue a text "
+                "without the template (--raw)"
             ) from error
         return known
 

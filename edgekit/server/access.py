@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekit.errors import UsageError
-from edgekit.server.ask import ApiError
+from edgekit.server.error import ApiError
 
 BUDGET_TOKEN, API_KEY = "EDGEKIT_BUDGET_TOKEN", "EDGEKIT_API_KEY"  # environment variables
 LEAST_SECRET = 8  # characters

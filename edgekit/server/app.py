@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from edgekit.devices.memory import auto_budget, held_bytes
 from edgekit.errors import DoesNotFitError, EdgekitError, UsageError
@@ -17,67 +18,13 @@ from edgekit.server import ask as asks
 from edgekit.server import metrics
 from edgekit.server.access import Access
 from edgekit.server.answer import Body, Form, event
-from edgekit.server.ask import ApiError, Ask
+from edgekit.server.ask import Ask
+from edgekit.server.bodies import Bodies
+from edgekit.server.error import ApiError
 from edgekit.server.worker import Done, Event, Job, Worker
 from edgekit.sizes import parse_size
 
-BODY_SECONDS = 30.0  # a body must have come in
-LEAST_BODY, BODY_BYTES_PER_TOKEN = 1 << 16, 16
-BODIES_HELD = 4  # times the largest body there may be, all that wait together
-# Libraries take 7 MiB, 64 connections with full buffers some 6, JSON some 30 times its bytes
-BESIDES_BYTES, BESIDES_PER_BODY = 12 << 20, 32
-Handler = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
-
-
-def body_bytes(context: int) -> int:
-    """The most bytes that a request may have, by the tokens of the context."""
-    return LEAST_BODY + BODY_BYTES_PER_TOKEN * context
-
-
-def server_bytes(context: int) -> int:
-    """What serving takes besides the model; see docs/serve.md for what was measured."""
-    return BESIDES_BYTES + (BESIDES_PER_BODY + BODIES_HELD) * body_bytes(context)
-
-
-class Bodies:
-    """Bodies of requests in memory, bounded so that clients cannot break the budget.
-
-    Attributes:
-        most: Bytes of one; what the context can hold, generously.
-        held: Bytes of all that came and are not answered.
-    """
-
-    def __init__(self, context: int) -> None:
-        """For a context of so many tokens."""
-        self.most, self.held = body_bytes(context), 0
-
-    @contextlib.asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[Body]:
-        """The JSON object of a request; it counts as held until the block ends.
-
-        Only as ``application/json``, which a web page may not send to another origin unasked.
-        """
-        kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise ApiError(415, f"the content type is {kind[:80]!a}, needs application/json")
-        data = bytearray()
-        try:
-            await asyncio.wait_for(self._read_into(data, request), BODY_SECONDS)
-            yield asks.loads(bytes(data))
-        except asyncio.TimeoutError as error:
-            raise ApiError(408, f"the body did not come in {BODY_SECONDS:.0f} s") from error
-        finally:
-            self.held -= len(data)
-
-    async def _read_into(self, data: bytearray, request: Request) -> None:
-        async for chunk in request.stream():
-            data += chunk
-            self.held += len(chunk)
-            if len(data) > self.most:
-                raise ApiError(413, f"the body has more than {self.most} bytes")
-            if self.held > BODIES_HELD * self.most:
-                raise ApiError(429, "too much is asked for at once; try again later")
 
 
 def make_app(worker: Worker, access: Access) -> Starlette:
@@ -113,9 +60,9 @@ class _Served:
     async def health(self, request: Request) -> Response:
         """Whether a depth is loaded."""
         self._check_host(request)
-        is_loaded = self._worker.session.is_loaded
-        status = "ok" if is_loaded else "no depth is loaded: memory is short"
-        return JSONResponse({"status": status}, 200 if is_loaded else 503)
+        if self._worker.session.is_given_up:
+            return JSONResponse({"status": "memory is short: no depth is loaded"}, 503)
+        return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
         """For Prometheus."""
@@ -148,8 +95,7 @@ class _Served:
         self._check_host(request)
         self._access.check_budget(request.headers.get("Authorization", ""))
         if request.method == "POST":
-            async with self._bodies.read(request) as body, self._one_change:
-                n_bytes = _budget_of(body.get("budget"))
+            async with self._bodies.read(request, _budget_of) as n_bytes, self._one_change:
                 await self._resize(n_bytes)
         return JSONResponse(self._loaded())
 
@@ -158,7 +104,7 @@ class _Served:
         done: asyncio.Future[EdgekitError | None] = loop.create_future()
 
         def told(error: EdgekitError | None) -> None:
-            loop.call_soon_threadsafe(done.set_result, error)
+            _later(loop, done.set_result, error)
 
         self._worker.session.request(n_bytes, told)
         self._worker.wake()
@@ -170,8 +116,7 @@ class _Served:
 
     async def _completion(self, request: Request, read: Callable[[Body], Ask]) -> Response:
         self._check_api(request)
-        async with self._bodies.read(request) as body:
-            ask = read(body)
+        async with self._bodies.read(request, read) as ask:
             answer = _Answer(self._worker, ask)
             try:
                 first = await _unless_gone(request, answer.next())
@@ -186,9 +131,7 @@ class _Served:
         if isinstance(first, ApiError):
             raise first
         if form.ask.stream:
-            headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            events = _events(answer, form, first)
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+            return _Stream(answer, form, first)
         text, done = await _unless_gone(request, answer.rest(first))
         return JSONResponse(form.whole(text, done.stopped, done.timings))
 
@@ -222,7 +165,7 @@ class _Answer:
     def __init__(self, worker: Worker, ask: Ask) -> None:
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._job = Job(ask, lambda e: _tell(loop, self._events, e))
+        self._job = Job(ask, lambda found: _later(loop, self._events.put_nowait, found))
         worker.submit(self._job)
 
     async def next(self) -> Event:
@@ -243,27 +186,40 @@ class _Answer:
         self._job.is_gone.set()
 
 
-def _tell(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Event]", e: Event) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop ended: the server was told to end at once
-        loop.call_soon_threadsafe(events.put_nowait, e)
+def _later(loop: asyncio.AbstractEventLoop, call: Callable[[T], None], value: T) -> None:
+    """Call in the loop's thread, unless the loop has ended: the server was told to end at once."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, value)
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; when the client goes away, the job ends."""
+
+    def __init__(self, answer: _Answer, form: Form, first: Event) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        events = _events(answer, form, first)
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.abandon()
 
 
 async def _events(answer: _Answer, form: Form, first: Event) -> AsyncIterator[str]:
-    """The stream; when the client goes away, it is closed here and the job ends."""
-    try:
-        for line in form.first():
-            yield line
-        found = first
-        while isinstance(found, str):
-            yield form.piece(found)
-            found = await answer.next()
-        if isinstance(found, ApiError):  # too late for a status
-            yield event(found.body)
-            return
-        for line in form.last(found.stopped, found.timings):
-            yield line
-    finally:
-        answer.abandon()
+    for line in form.first():
+        yield line
+    found = first
+    while isinstance(found, str):
+        yield form.piece(found)
+        found = await answer.next()
+    if isinstance(found, ApiError):  # too late for a status
+        yield event(found.body)
+        return
+    for line in form.last(found.stopped, found.timings):
+        yield line
 
 
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
@@ -284,8 +240,9 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _budget_of(value: object) -> int:
+def _budget_of(body: Body) -> int:
     """Bytes, a size such as ``900MiB``, or ``auto``."""
+    value = body.get("budget")
     if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 62:
         return value
     if value == "auto":

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from edgekit.errors import UsageError
 from edgekit.llama import Message, Sampling
+from edgekit.server.error import ApiError
 
 Kind = Literal["chat", "text"]
 Body = dict[str, Any]
@@ -38,24 +39,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (None, 0),
     "logit_bias": (None, {}),
 }
-
-
-class ApiError(Exception):
-    """An answer with an error status, its body in OpenAI's form."""
-
-    def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
-    ) -> None:
-        """Say what is wrong; ``param`` names the field."""
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    @property
-    def body(self) -> Body:
-        """What the client gets."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": told}
 
 
 @dataclass(frozen=True)

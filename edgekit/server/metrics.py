@@ -30,7 +30,7 @@ def _families(worker: Worker) -> dict[str, tuple[str, str, Value, str]]:
         "weights_bytes": ("gauge", "Weights at their depths.", plan.depths.weights_bytes, ""),
         "depth_bits_per_weight": ("gauge", "Depth.", plan.bits_per_weight, ""),
         "context_tokens": ("gauge", "The context.", plan.context, ""),
-        "loaded": ("gauge", "1 while a depth is loaded.", session.is_loaded, ""),
+        "loaded": ("gauge", "1 while a depth is loaded.", not session.is_given_up, ""),
         "resident_bytes": ("gauge", "Resident memory.", held_bytes(), ""),
         "peak_resident_bytes": ("gauge", "The most there was.", peak_rss_bytes(), ""),
         "resizes_total": ("counter", "Changes of depth, by reason.", resizes, "reason"),

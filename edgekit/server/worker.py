@@ -10,7 +10,8 @@ from edgekit.errors import DoesNotFitError, EdgekitError, TooLongError, UsageErr
 from edgekit.llama import Timings
 from edgekit.llama.generation import StopReason
 from edgekit.progress import Progress
-from edgekit.server.ask import ApiError, Ask
+from edgekit.server.ask import Ask
+from edgekit.server.error import ApiError
 from edgekit.session import Session
 
 MAX_WAITING = 32  # requests; more are turned away
@@ -81,7 +82,7 @@ class Worker:
     def __init__(self, session: Session, progress: Progress) -> None:
         """Start nothing yet."""
         self.session, self.totals, self.is_busy = session, Totals(), False
-        self._progress = progress
+        self._progress, self._context = progress, session.plan.context
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker")
@@ -96,7 +97,7 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """End when the jobs that are here are done."""
+        """End after the job that runs; the application has waited for all it wants."""
         self._ends.set()
         self._jobs.put(None)
         self._thread.join()
@@ -117,7 +118,7 @@ class Worker:
         self._jobs.put(None)
 
     def _run(self) -> None:
-        while not (self._ends.is_set() and self._jobs.empty()):
+        while not self._ends.is_set():
             try:
                 job = self._jobs.get(timeout=IDLE_SECONDS)
             except queue.Empty:
@@ -126,14 +127,14 @@ class Worker:
                 self.is_busy = True
                 self._do(job)
                 self.is_busy = False
-            elif not self._ends.is_set():
+            else:
                 self._idle()
 
     def _idle(self) -> None:
         try:
             self.session.adapt()
-        except EdgekitError as error:  # no memory: the next request may find more
-            self._progress.note(str(error))
+        except Exception as error:  # no memory, mostly; the next request may find more
+            self._progress.note(str(error) or type(error).__name__)
 
     def _do(self, job: Job) -> None:
         try:
@@ -156,7 +157,7 @@ class Worker:
         is_text = isinstance(ask.prompt, str)
         generation = self.session.generate(
             ask.prompt if isinstance(ask.prompt, str) else self.session.prompt_of(ask.prompt),
-            self.session.plan.context if ask.n_tokens is None else ask.n_tokens,
+            self._context if ask.n_tokens is None else ask.n_tokens,
             ask.sampling,
             chat=not is_text,
             stop=ask.stop,
