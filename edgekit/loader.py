@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgekit.artifact import open_artifact
 from edgekit.devices.memory import held_bytes
-from edgekit.engine import RESIDENCIES, Residency, Settings
+from edgekit.engine import RESIDENCIES, Prefetch, Residency, Settings
 from edgekit.errors import UnknownNameError, UsageError
 from edgekit.llama import system_info
 from edgekit.progress import Progress, Silent
@@ -25,6 +25,7 @@ def load(
     repack: bool = False,
     expert_cache: int | None = None,
     pager: bool = True,
+    prefetch: Prefetch = "off",
     progress: Progress | None = None,
 ) -> Iterator[Session]:
     """Load the artifact in ``path`` at the best depth within ``budget`` bytes; a context manager.
@@ -43,6 +44,8 @@ def load(
         expert_cache: Resident experts per layer; the others are read when they are chosen.
             ``None`` keeps all where they fit, else as many as fit.
         pager: False keeps all experts resident.
+        prefetch: How experts of the next layer are guessed and read ahead: by its router
+            (``gate``), by the trace of the conversion (``table``), or not (``off``).
         progress: Told how far each load is.
 
     Raises:
@@ -57,7 +60,7 @@ def load(
     held = held_bytes()
     with open_artifact(Path(path), remember=True) as artifact:
         wish = Wish(budget, context, kv_type, follow, repack, expert_cache, pager)
-        settings = Settings(n_threads, residency, progress=progress or Silent())
+        settings = Settings(n_threads, residency, prefetch, progress or Silent())
         session = Session(artifact, wish, settings, held)
         try:
             yield session

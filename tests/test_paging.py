@@ -25,7 +25,7 @@ from edgekit.plan import Plan
 from edgekit.routing.eviction import RANKS
 
 TIERS = ("Q4_K", "Q8_0")
-MODELS = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe")
+MODELS = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "smallthinker")
 N_TOKENS, N_PROMPT, N_BATCH = 500, 100, 64
 
 
@@ -158,6 +158,31 @@ def test_a_file_in_the_cache_serves_the_same_experts(qwen, tmp_path, monkeypatch
         with paged(qwen, 4, residency=residency) as (engine, plan, _):
             rows.append(logits_of(engine.context, plan.batch))
     assert np.array_equal(rows[0], rows[1]) and np.array_equal(rows[0], rows[2])
+
+
+def test_reading_ahead_changes_no_logits_and_guesses_better_than_chance(moe, tmp_path):
+    with paged(moe, 3, prefetch="gate") as (engine, plan, pager):
+        ours = logits_of(engine.context, plan.batch)
+        stats = pager.stats
+    assert np.array_equal(ours, resident(moe, plan, tmp_path / "m.gguf"))
+    if "smallthinker" in str(moe):  # its router knows
+        assert stats.n_predicted == 0
+        return
+    assert stats.n_predicted > 300
+    assert plan.paged is not None
+    chance = plan.paged.n_used / plan.paged.n_experts
+    assert stats.n_predicted_right / stats.n_predicted > chance + 0.1
+
+
+def test_a_router_before_attention_has_reads_begun_before_they_are_waited_for(tmp_path):
+    fields = {"dtype": "bfloat16", "num_hidden_layers": 3}
+    checkpoint = tiny(tmp_path / "c", "smallthinker", **fields)
+    artifact = plain(checkpoint, tmp_path / "a", TIERS).artifact
+    with paged(artifact, 3) as (engine, _, pager):
+        for token in tokens(60):
+            engine.context.decode([token])
+        stats = pager.stats
+    assert stats.n_guessed == stats.n_missing > 60
 
 
 @pytest.mark.parametrize("level", [0, 1])

@@ -62,6 +62,13 @@ if TYPE_CHECKING:
 )
 @options.expert_cache
 @options.no_pager
+@click.option(
+    "--prefetch",
+    type=click.Choice(["off", "gate", "table"]),
+    default="off",
+    show_default=True,
+    help="Guess experts of the next layer, by its router or by the trace, and read them ahead.",
+)
 @click.option("--threads", type=click.IntRange(1, 512), help="Threads; default: physical cores.")
 @options.as_json
 @options.verbose
@@ -82,6 +89,7 @@ def run(
     repack: bool,
     expert_cache: int | None,
     no_pager: bool,
+    prefetch: Any,
     threads: int | None,
     as_json: bool,
     verbose: bool,
@@ -119,6 +127,7 @@ def run(
             repack,
             expert_cache,
             not no_pager,
+            prefetch,
             progress,
         ) as session,
     ):

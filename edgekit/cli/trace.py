@@ -69,8 +69,8 @@ def _traced(
 ) -> "Trace":
     from edgekit.artifact import open_artifact
     from edgekit.assembly import Assembly
-    from edgekit.catalog import MANIFEST_NAME
     from edgekit.checkpoint import Checkpoint
+    from edgekit.manifest import MANIFEST_NAME
     from edgekit.measure import highest_depths
     from edgekit.plan import plan_tier
     from edgekit.routing.trace import read_trace
