@@ -28,7 +28,7 @@ LAYERS = (
     {"calibration", "catalog", "fisher", "footprint"},
     {"artifact"},
     {"planner"},
-    {"assembly", "convert_report", "expert_budget", "model_card", "publish"},
+    {"assembly", "convert_report", "expert_budget", "expert_mix", "model_card", "publish"},
     {"evaluate", "plan"},
     {"expert_plan", "measure", "pruning", "reserve", "tracing"},
     {"convert", "inspect", "materialize", "report", "surrender"},
