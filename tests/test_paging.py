@@ -1,17 +1,21 @@
 """Experts on demand give the logits of the fully resident model, bit for bit."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from click.testing import CliRunner
 from converted import plain, tiny
 
 from edgekit.artifact import open_artifact
+from edgekit.cli import main
 from edgekit.devices.memory import held_bytes
 from edgekit.engine import Engine, Settings
 from edgekit.errors import DoesNotFitError, EdgekitError, RefusedError, UsageError
@@ -286,3 +290,31 @@ def test_a_change_of_budget_changes_the_pool_and_the_conversation_goes_on(qwen):
         session.resize(1 << 31)
         assert session.plan.paged is not None
         assert "".join(session.generate("one" + first, 5)) is not None
+
+
+def test_a_disk_that_fails_in_the_command_line_leaves_the_conversation_in_its_file(
+    qwen, tmp_path, monkeypatch
+):
+    artifact, state = tmp_path / "a", tmp_path / "state"
+    shutil.copytree(qwen, artifact)
+    base = next(artifact.glob("*.gguf"))
+    run = ["run", str(artifact), "-p", "some text", "-n", "30", "--temperature", "0", "--raw"]
+    run += ["--expert-cache", "3", "--context", "256", "--ignore-eos", "--state", str(state)]
+    real, n_reads = os.preadv, 0
+
+    def failing(*args: Any) -> int:
+        nonlocal n_reads
+        n_reads += 1
+        if n_reads > 150:
+            raise OSError(5, "Input/output error")
+        return real(*args)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    failed = CliRunner().invoke(main, run)
+    assert failed.exit_code == 1
+    assert failed.stderr.strip().splitlines()[-1].startswith(f"Error: {base}"[:20])
+    assert "Input/output error" in failed.stderr
+    monkeypatch.setattr(os, "preadv", real)
+    assert state.stat().st_size > 0
+    run[3:4] = [" and"]
+    assert CliRunner().invoke(main, run).exit_code == 0

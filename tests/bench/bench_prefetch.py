@@ -119,13 +119,13 @@ def replayed(artifact: Artifact, caches: list[int], n: int) -> dict[int, float]:
     return rates
 
 
-def listening(artifact: Artifact, n: int, pairs: int) -> dict[str, float]:
+def listening(artifact: Artifact, n: int, pairs: int, threads: int) -> dict[str, float]:
     """Decode with all experts resident: alone, and with a listener that has nothing to do."""
     from edgekit.plan import plan_budget
 
     n_experts, _ = experts_of(artifact)
     plan = replace(plan_budget(artifact, 1 << 40, 512), batch=32)
-    engine = Engine(artifact, Settings(2))
+    engine = Engine(artifact, Settings(threads))
     try:
         engine.load(plan)
         model = engine.context.model
@@ -133,29 +133,32 @@ def listening(artifact: Artifact, n: int, pairs: int) -> dict[str, float]:
         listener = Listener(blocks, n_experts, lambda *_: None)
         listener.uses.resident[:] = True
         contexts = {
-            "plain": Context(model, 512, n_batch=32, n_threads=2),
-            "listening": Context(model, 512, n_batch=32, n_threads=2, listener=listener),
+            "plain": Context(model, 512, n_batch=32, n_threads=threads),
+            "listening": Context(model, 512, n_batch=32, n_threads=threads, listener=listener),
         }
         times: dict[str, list[float]] = {way: [] for way in contexts}
+        busys: dict[str, list[float]] = {way: [] for way in contexts}
         for pair in range(pairs):
             order = list(contexts) if pair % 2 else list(contexts)[::-1]
             for way in order:
                 context = contexts[way]
                 context.clear()
                 context.decode([5], "none")
-                started = time.thread_time()
-                wall = time.perf_counter()
+                busy, wall = time.process_time(), time.perf_counter()
                 for token in range(3, 3 + n):
                     context.decode([token % 200 + 3])
                 times[way].append((time.perf_counter() - wall) / n)
-                del started
-        ratios = [b / a for a, b in zip(times["plain"], times["listening"], strict=True)]
-        return {
-            "plain_ms": 1000 * statistics.median(times["plain"]),
-            "listening_ms": 1000 * statistics.median(times["listening"]),
-            "ratio": statistics.median(ratios),
-            "ratio_of_least": min(times["listening"]) / min(times["plain"]),
-        }
+                busys[way].append((time.process_time() - busy) / n)
+        found = {}
+        for name, rows in (("wall", times), ("processor", busys)):
+            ratios = [b / a for a, b in zip(rows["plain"], rows["listening"], strict=True)]
+            found |= {
+                f"{name}_plain_ms": 1000 * statistics.median(rows["plain"]),
+                f"{name}_listening_ms": 1000 * statistics.median(rows["listening"]),
+                f"{name}_ratio": statistics.median(ratios),
+                f"{name}_ratio_of_least": min(rows["listening"]) / min(rows["plain"]),
+            }
+        return found
     finally:
         engine.close()
 
@@ -169,10 +172,11 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=384)
     parser.add_argument("--resident", action="store_true")
     parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     with open_artifact(args.artifact, remember=True) as artifact:
         if args.resident:
-            print(json.dumps(listening(artifact, args.n, args.pairs)))
+            print(json.dumps(listening(artifact, args.n, args.pairs, args.threads)))
             return
         caches = [int(cache) for cache in args.caches.split(",")]
         foretold = replayed(artifact, caches, args.n)
