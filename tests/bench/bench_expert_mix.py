@@ -6,11 +6,12 @@ At each size all dense tensors stay at the uniform tier; the expert tensors take
 have there: all alike; by the integer program with the losses measured at conversion; by the same
 program with PMQ's cost, phi * w * error**2 per expert and tier (how often the expert is chosen, its
 mean weight, the squared distance of its weights), summed over a tensor's experts; and by the
-planner's greedy order. Text that was not calibrated on. Prints a JSON line last.
+planner's greedy order. Last, all tensors mixed by the program within all bytes. Text that was not calibrated on. Prints a JSON line last.
 """
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,19 @@ def main() -> None:
                 for way, costs in ways.items():
                     mixes[way] = mixed_tiers(experts, budget, costs)
                 mixes["greedy"] = dict(fill(experts, order, budget).tiers)
+                everything = measured_costs(artifact.stacks)
+                mixes["all tensors"] = mixed_tiers(artifact.stacks, same.weights_bytes, everything)
                 for way, tiers in mixes.items():
                     depths = Depths({**same.tiers, **tiers}, 0)
                     with Assembly(artifact, depths) as source:
                         kl = evaluate(source, reference, n_threads=2).kl_mean
-                    size = sum(resident_bytes(s, tiers[s.name]) for s in experts)
-                    rows.append({"tier": tier, "way": way, "expert_bytes": size, "kl_mean": kl})
-                    print(rows[-1], flush=True)
+                    row: dict[str, Any] = {"tier": tier, "way": way, "kl_mean": kl}
+                    for name, stacks in (("expert", experts), ("all", artifact.stacks)):
+                        size = sum(resident_bytes(s, depths.tier(s.name)) for s in stacks)
+                        row[f"{name}_bytes"] = size
+                    row["expert_tiers"] = dict(Counter(depths.tier(s.name) for s in experts))
+                    rows.append(row)
+                    print(row, flush=True)
     print(json.dumps(rows))
 
 
