@@ -6,7 +6,8 @@ At each size all dense tensors stay at the uniform tier; the expert tensors take
 have there: all alike; by the integer program with the losses measured at conversion; by the same
 program with PMQ's cost, phi * w * error**2 per expert and tier (how often the expert is chosen, its
 mean weight, the squared distance of its weights), summed over a tensor's experts; and by the
-planner's greedy order. Last, all tensors mixed by the program within all bytes. Text that was not calibrated on. Prints a JSON line last.
+planner's greedy order. Last, all tensors mixed by the program within all bytes. Text that was not
+calibrated on. Prints a JSON line last.
 """
 
 import argparse
@@ -79,7 +80,7 @@ def main() -> None:
         order = tuple(key for key in order if key[0] in names)
         with (
             Assembly(artifact, highest_depths(artifact)) as top,
-            Reference.open(top, heldout_text(), n_tokens=args.tokens, n_threads=2) as reference,
+            Reference.open(top, heldout_text(), n_tokens=args.tokens, n_threads=1) as reference,
         ):
             for tier in args.tiers.split(","):
                 same = uniform(artifact.stacks, lambda stack, t=tier: tier_at(stack, t))
@@ -93,7 +94,7 @@ def main() -> None:
                 for way, tiers in mixes.items():
                     depths = Depths({**same.tiers, **tiers}, 0)
                     with Assembly(artifact, depths) as source:
-                        kl = evaluate(source, reference, n_threads=2).kl_mean
+                        kl = evaluate(source, reference, n_threads=1).kl_mean
                     row: dict[str, Any] = {"tier": tier, "way": way, "kl_mean": kl}
                     for name, stacks in (("expert", experts), ("all", artifact.stacks)):
                         size = sum(resident_bytes(s, depths.tier(s.name)) for s in stacks)

@@ -54,7 +54,7 @@ def measured(
 ) -> dict[str, Any]:
     """Decode held-out text token by token."""
     plan = plan_paged(artifact, 1 << 40, 1024, expert_cache=cache)
-    engine = Engine(artifact, Settings(2, "auto", prefetch))
+    engine = Engine(artifact, Settings(1, "auto", prefetch))
     try:
         engine.load(plan)
         pager, context = engine.pager, engine.context
@@ -90,7 +90,7 @@ def replayed(artifact: Artifact, caches: list[int], n: int) -> dict[int, float]:
     n_experts, _ = experts_of(artifact)
     plan = plan_paged(artifact, 1 << 40, 1024, expert_cache=max(caches))
     chosen: dict[int, list[np.ndarray[Any, Any]]] = {}
-    engine = Engine(artifact, Settings(2))
+    engine = Engine(artifact, Settings(1))
     try:
         engine.load(plan)
         blocks = int(
