@@ -30,7 +30,8 @@ from edgekit.llama import Context, ExpertMemory, Model, State, open_model
 from edgekit.llama.context import default_threads
 from edgekit.materialize import materialize
 from edgekit.paging import Pager, PagerOptions
-from edgekit.paging.pager import READERS
+from edgekit.paging.pager import READERS, Prefetcher
+from edgekit.paging.prefetch import gate_guess, table_guess
 from edgekit.paging.store import ExpertStore, FileStore, LevelStore
 from edgekit.plan import Plan, shape_in
 from edgekit.planner import Depths
@@ -41,6 +42,8 @@ DROP_BYTES = 32 << 20  # of zeros that stand for experts, between two times they
 Watch = Callable[[int], None]
 Residency = Literal["auto", "anon", "mapped"]
 RESIDENCIES = ("auto", "anon", "mapped")
+Prefetch = Literal["off", "gate", "table"]
+ROUTES_EARLY = ("smallthinker",)  # architectures whose routers read the input of attention
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,14 @@ class Settings:
     Attributes:
         n_threads: Of llama.cpp and of decoding; ``None`` takes the physical cores.
         residency: ``anon``, ``mapped``, or ``auto``: mapped where the cache has the file already.
-        prefetch: Read experts of the next layer ahead, guessed by its router, where experts are
-            paged.
+        prefetch: How experts of the next layer are guessed and read ahead, where they are paged:
+            by its router (``gate``), by the trace of the conversion (``table``), or not.
         progress: Told how far each load is.
     """
 
     n_threads: int | None = None
     residency: Residency = "auto"
-    prefetch: bool = False
+    prefetch: Prefetch = "off"
     progress: Progress = field(default_factory=Silent)
 
 
@@ -228,9 +231,25 @@ class Engine:
                 raise
         memory.ready()
         readers = threads if isinstance(store, LevelStore) else READERS
-        options = PagerOptions(paged.pool_bytes, readers)
+        options = PagerOptions(
+            paged.pool_bytes,
+            readers,
+            self._prefetcher(paged),
+            self._artifact.manifest.architecture in ROUTES_EARLY,
+        )
         self._pager = Pager(memory, paged.n_experts, store, options)
         return model
+
+    def _prefetcher(self, paged: Paged) -> Prefetcher | None:
+        manifest = self._artifact.manifest
+        n_blocks = int(manifest.model[f"{manifest.architecture}.block_count"])
+        if manifest.architecture in ROUTES_EARLY:  # they know, so nobody guesses
+            return None
+        if self._settings.prefetch == "gate":
+            return gate_guess(self._artifact, n_blocks, paged.n_used)
+        if self._settings.prefetch == "table":
+            return table_guess(manifest.experts, n_blocks)
+        return None
 
     def _store(
         self, plan: Plan, assembly: Assembly, names: frozenset[str], n_threads: int

@@ -8,7 +8,7 @@ from typing import cast
 from edgekit.artifact import open_artifact
 from edgekit.catalog import read_manifest
 from edgekit.devices.memory import held_bytes
-from edgekit.engine import RESIDENCIES, Residency, Settings
+from edgekit.engine import RESIDENCIES, Prefetch, Residency, Settings
 from edgekit.errors import UnknownNameError, UsageError
 from edgekit.llama import system_info
 from edgekit.onnx_session import OnnxSettings, load_onnx
@@ -30,6 +30,7 @@ def load(
     repack: bool = False,
     expert_cache: int | None = None,
     pager: bool = True,
+    prefetch: Prefetch = "off",
     progress: Progress | None = None,
     besides: int = 0,
     runtime: str = "llama",
@@ -50,6 +51,8 @@ def load(
         expert_cache: Resident experts per layer; the others are read when they are chosen.
             ``None`` keeps all where they fit, else as many as fit.
         pager: False keeps all experts resident.
+        prefetch: How experts of the next layer are guessed and read ahead: by its router
+            (``gate``), by the trace of the conversion (``table``), or not (``off``).
         progress: Told how far each load is.
         besides: Bytes that the caller will take besides the model, within the budget.
         runtime: ``llama``, or ``onnx``, which has its own cache in float32 and changes depth when
@@ -74,7 +77,7 @@ def load(
     held = held_bytes()
     with open_artifact(Path(path), remember=True) as artifact:
         wish = Wish(budget, context, kv_type, follow, repack, besides, expert_cache, pager)
-        settings = Settings(n_threads, residency, progress=progress or Silent())
+        settings = Settings(n_threads, residency, prefetch, progress or Silent())
         session = Session(artifact, wish, settings, held)
         try:
             yield session

@@ -4,10 +4,12 @@ Every change of depth happens between two calls of llama.cpp, so no token is los
 """
 
 import contextlib
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from edgekit.artifact import Artifact
 from edgekit.devices.memory import auto_budget, held_bytes
@@ -169,6 +171,7 @@ class Session:
         *,
         chat: bool = True,
         stop: Sequence[str] = (),
+        after: bool = False,
         anew: bool = False,
         check: Callable[[], None] | None = None,
     ) -> Generation:
@@ -181,6 +184,7 @@ class Session:
             sampling: ``None`` takes `Sampling`'s defaults.
             chat: A text is a user's message, where the model has a chat template.
             stop: Texts that end the generation.
+            after: The prompt, a text, comes behind what the context holds.
             anew: Compute all of the prompt, also what the context has of it: the answer then does
                 not depend on what was asked before, to the last bit.
             check: Called before each call of llama.cpp; what it raises ends the generation.
@@ -190,7 +194,7 @@ class Session:
             TooLongError: The prompt is longer than the context.
         """
         self.adapt(n)
-        ids = self._ids(prompt, chat)
+        ids = self._behind(str(prompt)) if after else self._ids(prompt, chat)
         self._make_room(len(ids) + n)
         if len(ids) > self.context.n_ctx:
             raise TooLongError(
@@ -287,6 +291,27 @@ class Session:
     def plan_json(self) -> Json:
         """What is loaded, as one JSON object."""
         return plan_json(self.artifact, self.plan)
+
+    def save(self, path: Path) -> None:
+        """Write the conversation to ``path``, which appears when it is whole.
+
+        Raises:
+            EdgekitError: It cannot be written.
+        """
+        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+        try:
+            self.context.save_file(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def restore(self, path: Path) -> None:
+        """Go on from what `save` wrote under any depth of this model.
+
+        Raises:
+            EdgekitError: It is no conversation with this model, or longer than the context.
+        """
+        self.context.restore_file(path)
 
     def close(self) -> None:
         """Free everything; twice is once."""
@@ -395,6 +420,10 @@ class Session:
         if ids is None and not isinstance(prompt, str):
             raise UsageError("this model has no chat template; give a text instead of messages")
         return ids if ids is not None else self.model.tokenize(str(prompt))
+
+    def _behind(self, text: str) -> list[int]:
+        held = self.context.tokens
+        return [*held, *self.model.tokenize(text, add_special=not held)]
 
     def _rewind(self, ids: list[int]) -> list[int]:
         """Drop what the context holds beyond its common beginning with ``ids``; give the rest."""

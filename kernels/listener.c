@@ -2,7 +2,8 @@
 
    It is asked about every node of the graph, so in Python it would take a few percent of the time.
    It stops the graph after each `ffn_moe_topk-<block>` and looks whether the chosen experts are
-   resident; only where one is not, or where it is told to tell always, Python is called.
+   resident; only where one is not, or where it is told to tell always, Python is called. Where
+   routers come before attention it also stops at `ffn_norm-<block>`, right before the experts.
    edgekit/llama/listener.py has the same in Python: the definition, and what runs without this. */
 #include <stdbool.h>
 #include <stdlib.h>
@@ -16,19 +17,19 @@ typedef struct {
     void *(*get_data)(const void *tensor);
     /* 0 ends the graph */
     int32_t (*chosen)(int32_t block, int32_t n_distinct);
-    int32_t (*early)(int32_t block);
+    int32_t (*late)(int32_t block);
     uint64_t extents, strides;  /* byte offsets of int64[4] in a tensor */
     uint8_t *resident;          /* [blocks][experts] */
     uint32_t *last;             /* [blocks][experts]: pass * RANKS + rank */
     uint8_t *seen;              /* [experts], all 0 between calls */
     int32_t *distinct;          /* [experts]: who was chosen, each once */
     const void **hidden;        /* [blocks]: the tensor ffn_inp of each block */
-    const void *tensor;         /* what `chosen` or `early` was called for */
+    const void *tensor;         /* what `chosen` was called for */
     uint64_t n_asked, n_hits;   /* distinct experts of all passes */
     uint32_t pass;
     int32_t block_before;
     int32_t n_blocks, n_experts;
-    int32_t always, listens_early;
+    int32_t always, listens_late;
 } listener_t;
 
 static int32_t block_of(const char *name, const char *prefix) {
@@ -43,7 +44,7 @@ static bool wanted(listener_t *l, const void *tensor, const char *name) {
     int32_t block = block_of(name, "ffn_inp-");
     if (block >= 0 && block < l->n_blocks) l->hidden[block] = tensor;
     if (block_of(name, "ffn_moe_topk-") >= 0) return true;
-    return l->listens_early && block_of(name, "ffn_moe_logits-") >= 0;
+    return l->listens_late && block_of(name, "ffn_norm-") >= 0;
 }
 
 /* Marks who was chosen: ids are int32, `used` in a row, the heaviest first. */
@@ -84,8 +85,8 @@ EXPORT bool listener_eval(void *tensor, bool ask, void *user) {
     l->tensor = tensor;
     int32_t block = block_of(name, "ffn_moe_topk-");
     if (block < 0 || block >= l->n_blocks) {
-        block = block_of(name, "ffn_moe_logits-");
-        return block < 0 || block >= l->n_blocks || l->early(block) != 0;
+        block = block_of(name, "ffn_norm-");
+        return block < 0 || block >= l->n_blocks || l->late(block) != 0;
     }
     bool missing = false;
     int32_t n = take(l, tensor, block, &missing);

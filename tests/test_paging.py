@@ -1,17 +1,21 @@
 """Experts on demand give the logits of the fully resident model, bit for bit."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from click.testing import CliRunner
 from converted import plain, tiny
 
 from edgekit.artifact import open_artifact
+from edgekit.cli import main
 from edgekit.devices.memory import held_bytes
 from edgekit.engine import Engine, Settings
 from edgekit.errors import DoesNotFitError, EdgekitError, RefusedError, UsageError
@@ -25,7 +29,7 @@ from edgekit.plan import Plan
 from edgekit.routing.eviction import RANKS
 
 TIERS = ("Q4_K", "Q8_0")
-MODELS = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe")
+MODELS = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "smallthinker")
 N_TOKENS, N_PROMPT, N_BATCH = 500, 100, 64
 
 
@@ -160,6 +164,31 @@ def test_a_file_in_the_cache_serves_the_same_experts(qwen, tmp_path, monkeypatch
     assert np.array_equal(rows[0], rows[1]) and np.array_equal(rows[0], rows[2])
 
 
+def test_reading_ahead_changes_no_logits_and_guesses_better_than_chance(moe, tmp_path):
+    with paged(moe, 3, prefetch="gate") as (engine, plan, pager):
+        ours = logits_of(engine.context, plan.batch)
+        stats = pager.stats
+    assert np.array_equal(ours, resident(moe, plan, tmp_path / "m.gguf"))
+    if "smallthinker" in str(moe):  # its router knows
+        assert stats.n_predicted == 0
+        return
+    assert stats.n_predicted > 300
+    assert plan.paged is not None
+    chance = plan.paged.n_used / plan.paged.n_experts
+    assert stats.n_predicted_right / stats.n_predicted > chance + 0.1
+
+
+def test_a_router_before_attention_has_reads_begun_before_they_are_waited_for(tmp_path):
+    fields = {"dtype": "bfloat16", "num_hidden_layers": 3}
+    checkpoint = tiny(tmp_path / "c", "smallthinker", **fields)
+    artifact = plain(checkpoint, tmp_path / "a", TIERS).artifact
+    with paged(artifact, 3) as (engine, _, pager):
+        for token in tokens(60):
+            engine.context.decode([token])
+        stats = pager.stats
+    assert stats.n_guessed == stats.n_missing > 60
+
+
 @pytest.mark.parametrize("level", [0, 1])
 def test_an_expert_with_a_wrong_hash_is_refused_and_the_text_before_it_stays(qwen, level, tmp_path):
     broken = tmp_path / "broken"
@@ -261,3 +290,31 @@ def test_a_change_of_budget_changes_the_pool_and_the_conversation_goes_on(qwen):
         session.resize(1 << 31)
         assert session.plan.paged is not None
         assert "".join(session.generate("one" + first, 5)) is not None
+
+
+def test_a_disk_that_fails_in_the_command_line_leaves_the_conversation_in_its_file(
+    qwen, tmp_path, monkeypatch
+):
+    artifact, state = tmp_path / "a", tmp_path / "state"
+    shutil.copytree(qwen, artifact)
+    base = next(artifact.glob("*.gguf"))
+    run = ["run", str(artifact), "-p", "some text", "-n", "30", "--temperature", "0", "--raw"]
+    run += ["--expert-cache", "3", "--context", "256", "--ignore-eos", "--state", str(state)]
+    real, n_reads = os.preadv, 0
+
+    def failing(*args: Any) -> int:
+        nonlocal n_reads
+        n_reads += 1
+        if n_reads > 150:
+            raise OSError(5, "Input/output error")
+        return real(*args)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    failed = CliRunner().invoke(main, run)
+    assert failed.exit_code == 1
+    assert failed.stderr.strip().splitlines()[-1].startswith(f"Error: {base}"[:20])
+    assert "Input/output error" in failed.stderr
+    monkeypatch.setattr(os, "preadv", real)
+    assert state.stat().st_size > 0
+    run[3:4] = [" and"]
+    assert CliRunner().invoke(main, run).exit_code == 0

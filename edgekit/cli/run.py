@@ -53,6 +53,19 @@ if TYPE_CHECKING:
 @options.repack
 @options.expert_cache
 @options.no_pager
+@click.option(
+    "--prefetch",
+    type=click.Choice(["off", "gate", "table"]),
+    default="off",
+    show_default=True,
+    help="Guess experts of the next layer, by its router or by the trace, and read them ahead.",
+)
+@click.option(
+    "--state",
+    type=options.NEW_PATH,
+    help="With -p: go on from the conversation in this file where it exists, and write it there at "
+    "the end, also when an error ends it.",
+)
 @options.threads
 @options.runtime
 @options.as_json
@@ -74,6 +87,8 @@ def run(
     repack: bool,
     expert_cache: int | None,
     no_pager: bool,
+    prefetch: Any,
+    state: Path | None,
     threads: int | None,
     runtime: str | None,
     as_json: bool,
@@ -88,6 +103,8 @@ def run(
         edgekit run llama-edge --budget 1.2GiB -p "Once upon a time" -n 64
         edgekit run llama-edge --runtime onnx --budget 1.2GiB -p "Once upon a time"
     """
+    if state is not None and prompt is None:
+        raise UsageError("--state keeps the conversation of one prompt; give it with -p")
     if as_json and prompt is None:
         raise UsageError("--json answers one prompt; give it with -p")
     child = supervised()
@@ -113,6 +130,7 @@ def run(
             repack,
             expert_cache,
             not no_pager,
+            prefetch,
             progress,
             runtime=runtime or runtime_of(artifact),
         ) as session,
@@ -124,12 +142,21 @@ def run(
             Chat(session, n_tokens, sampling, raw, stop).run()
             return
         text = sys.stdin.read() if prompt == "-" else prompt
-        generation = session.generate(text, n_tokens, sampling, chat=not raw, stop=stop)
+        is_old = state is not None and state.exists()
+        if state is not None and is_old:
+            session.restore(state)
         pieces = []
-        for piece in generation:
-            pieces.append(piece)
-            if not as_json:
-                click.echo(piece, nl=False)
+        try:
+            generation = session.generate(
+                text, n_tokens, sampling, chat=not raw, stop=stop, after=is_old
+            )
+            for piece in generation:
+                pieces.append(piece)
+                if not as_json:
+                    click.echo(piece, nl=False)
+        finally:
+            if state is not None:
+                session.save(state)
         if as_json:
             print_json(_report(session, generation, "".join(pieces)))
         else:

@@ -19,11 +19,11 @@ from edgekit.routing.eviction import RANKS, Uses, rank
 
 Ids = npt.NDArray[np.int32]
 Chosen = Callable[[int, Ids], None]
-TOPK, HIDDEN, LOGITS = "ffn_moe_topk-", "ffn_inp-", "ffn_moe_logits-"
+TOPK, HIDDEN, LATE = "ffn_moe_topk-", "ffn_inp-", "ffn_norm-"
 
 _Evaluate = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
 _ChosenC = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)
-_EarlyC = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int32)
+_LateC = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int32)
 
 
 class _State(ctypes.Structure):
@@ -33,7 +33,7 @@ class _State(ctypes.Structure):
         ("get_name", ctypes.c_void_p),
         ("get_data", ctypes.c_void_p),
         ("chosen", ctypes.c_void_p),
-        ("early", ctypes.c_void_p),
+        ("late", ctypes.c_void_p),
         ("extents", ctypes.c_uint64),
         ("strides", ctypes.c_uint64),
         ("resident", ctypes.c_void_p),
@@ -49,7 +49,7 @@ class _State(ctypes.Structure):
         ("n_blocks", ctypes.c_int32),
         ("n_experts", ctypes.c_int32),
         ("always", ctypes.c_int32),
-        ("listens_early", ctypes.c_int32),
+        ("listens_late", ctypes.c_int32),
     )
 
 
@@ -68,7 +68,7 @@ class Listener:
         n_experts: int,
         chosen: Chosen,
         *,
-        early: Callable[[int], None] | None = None,
+        late: Callable[[int], None] | None = None,
         always: bool = False,
     ) -> None:
         """Listen.
@@ -78,16 +78,16 @@ class Listener:
             n_experts: Of a layer.
             chosen: Called with a block's number and the distinct ids chosen there, before they
                 run, where one of them is not resident.
-            early: Called with a block's number when the logits of its router are there, which
-                is before attention in some architectures; `logits` reads them.
+            late: Called with a block's number right before its experts run, where the router
+                comes before attention and ``chosen`` therefore long before.
             always: Call ``chosen`` also where all are resident.
         """
         self.uses = Uses.empty(n_blocks, n_experts)
         self.error: BaseException | None = None
-        self._chosen, self._early = chosen, early
+        self._chosen, self._late = chosen, late
         self._distinct, self._seen = np.zeros(n_experts, np.int32), np.zeros(n_experts, np.uint8)
         self._hidden = (ctypes.c_void_p * n_blocks)()
-        self._callbacks = _ChosenC(self._on_chosen), _EarlyC(self._on_early)
+        self._callbacks = _ChosenC(self._on_chosen), _LateC(self._on_late)
         self._state = self._new_state(n_blocks, n_experts, always)
         native = listener_function()
         self._function: Any = native or _Evaluate(self._evaluate)
@@ -99,7 +99,7 @@ class Listener:
             get_name=address(lib.ggml_get_name),
             get_data=address(lib.ggml_get_data),
             chosen=address(self._callbacks[0]),
-            early=address(self._callbacks[1]),
+            late=address(self._callbacks[1]),
             extents=places.extents,
             strides=places.strides,
             resident=self.uses.resident.ctypes.data,
@@ -111,7 +111,7 @@ class Listener:
             n_blocks=n_blocks,
             n_experts=n_experts,
             always=always,
-            listens_early=self._early is not None,
+            listens_late=self._late is not None,
         )
 
     @property
@@ -138,10 +138,6 @@ class Listener:
         """Inside ``chosen``: the ids as the router gave them, int32 ``[tokens, used]``."""
         return _read(int(self._state.tensor or 0), np.dtype(np.int32))
 
-    def logits(self) -> npt.NDArray[np.float32]:
-        """Inside ``early``: the router's logits, float32 ``[tokens, experts]``."""
-        return _read(int(self._state.tensor or 0), np.dtype(np.float32))
-
     def hidden(self, block: int) -> npt.NDArray[np.float32]:
         """Inside ``chosen``: the residual stream before the experts, ``[tokens, width]``."""
         return _read(int(self._hidden[block] or 0), np.dtype(np.float32))
@@ -153,10 +149,10 @@ class Listener:
             self.error = error
         return int(self.error is None)
 
-    def _on_early(self, block: int) -> int:
+    def _on_late(self, block: int) -> int:
         try:
-            if self._early is not None:
-                self._early(block)
+            if self._late is not None:
+                self._late(block)
         except BaseException as error:
             self.error = error
         return int(self.error is None)
@@ -168,12 +164,12 @@ class Listener:
             block = _block(name, HIDDEN)
             if 0 <= block < state.n_blocks:
                 self._hidden[block] = tensor
-            return _block(name, TOPK) >= 0 or (state.listens_early and _block(name, LOGITS) >= 0)
+            return _block(name, TOPK) >= 0 or (state.listens_late and _block(name, LATE) >= 0)
         state.tensor = tensor
         block = _block(name, TOPK)
         if not 0 <= block < state.n_blocks:
-            block = _block(name, LOGITS)
-            return not 0 <= block < state.n_blocks or bool(self._on_early(block))
+            block = _block(name, LATE)
+            return not 0 <= block < state.n_blocks or bool(self._on_late(block))
         distinct = self._take(block)
         is_missing = not self.uses.resident[block, distinct].all()
         return not (is_missing or state.always) or bool(self._on_chosen(block, len(distinct)))
@@ -202,6 +198,8 @@ def _block(name: str, prefix: str) -> int:
 
 def _read(tensor: int, kind: np.dtype[Any]) -> npt.NDArray[Any]:
     """A view of a 2-D tensor, ``[slow, fast]``; good until the graph goes on."""
+    if not tensor:  # not computed yet, or not of this architecture
+        return np.zeros((0, 0), kind)
     fast, slow, *_ = extents(tensor)
     if not slow:  # the last layer, where nobody asks for logits
         return np.zeros((0, fast), kind)

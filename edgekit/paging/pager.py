@@ -38,11 +38,14 @@ class PagerOptions:
         capacity_bytes: Of resident experts.
         n_readers: Threads that read and decode.
         prefetcher: Guesses what is read ahead; ``None`` reads when it is chosen.
+        routes_early: Routers come before attention: reads begin there and are waited for when the
+            experts are about to run.
     """
 
     capacity_bytes: int
     n_readers: int = READERS
     prefetcher: Prefetcher | None = None
+    routes_early: bool = False
 
 
 @dataclass
@@ -56,6 +59,8 @@ class PagingStats:
         n_missing: Experts that the graph waited for, if only to find that they had just come.
         n_guessed: Experts that were read ahead.
         n_guessed_right: Those of them that their block then chose.
+        n_predicted: Experts that were guessed, resident or not.
+        n_predicted_right: Those of them that their block then chose.
         stall_seconds: That the graph waited.
     """
 
@@ -65,6 +70,8 @@ class PagingStats:
     n_guessed: int = 0
     n_guessed_right: int = 0
     n_missing: int = 0
+    n_predicted: int = 0
+    n_predicted_right: int = 0
     stall_seconds: float = 0.0
 
     @property
@@ -88,13 +95,18 @@ class Pager:
         self._blocks = blocks_in(memory, n_experts)
         self._store, self._options = store, options
         has_guess = options.prefetcher is not None
-        self.listener = Listener(len(self._blocks), n_experts, self._chosen, always=has_guess)
+        late = self._about_to_run if options.routes_early else None
+        self.listener = Listener(
+            len(self._blocks), n_experts, self._chosen, late=late, always=has_guess
+        )
         uses = self.listener.uses
         self.pool = ExpertPool(memory, self._blocks, uses, options.capacity_bytes)
         self._threads = ThreadPoolExecutor(options.n_readers, "experts")
         self._reading: dict[tuple[int, int], list[Future[int]]] = {}
         self._stats = PagingStats()
         self._before = (0, 0)  # the listener's counts at the last reset
+        self._about = -1  # the block whose experts run next, where the router came before
+        self._predicted: tuple[int, set[int]] = (-1, set())
 
     @property
     def stats(self) -> PagingStats:
@@ -119,9 +131,26 @@ class Pager:
         self._settle(block, experts)
         resident = self.listener.uses.resident[block]
         missing = [int(e) for e in experts if not resident[e]]
-        if missing:
+        if missing and self._options.routes_early and block != self._about:
+            self._begin(block, missing)
+        elif missing:
             self._fetch(block, missing)
         self._guess(block)
+
+    def _begin(self, block: int, missing: Sequence[int]) -> None:
+        """Read experts while attention is computed."""
+        self._stats.n_missing += len(missing)
+        self._stats.n_guessed += len(missing)
+        self._stats.n_guessed_right += len(missing)
+        self._reserve(block, missing)
+        self._submit(block, missing)
+
+    def _about_to_run(self, block: int) -> None:
+        """Wait for what was begun for this block."""
+        self._about = block
+        started = time.perf_counter()
+        self._finish(block, [expert for at, expert in self._reading if at == block])
+        self._stats.stall_seconds += time.perf_counter() - started
 
     def _fetch(self, block: int, missing: Sequence[int]) -> None:
         """Read experts and wait for them."""
@@ -129,10 +158,22 @@ class Pager:
         self._stats.n_missing += len(missing)
         new = [e for e in missing if (block, e) not in self._reading]
         if new:
-            self.pool.reserve(block, new)
+            self._reserve(block, new)
             self._submit(block, new)
         self._finish(block, missing)
         self._stats.stall_seconds += time.perf_counter() - started
+
+    def _reserve(self, block: int, experts: Sequence[int]) -> None:
+        """Make room; what is being read ahead for others goes where it must."""
+        try:
+            self.pool.reserve(block, experts)
+        except DoesNotFitError:
+            others = [place for place in self._reading if place[0] != block]
+            if not others:
+                raise
+            for at, expert in others:
+                self._finish(at, [expert])
+            self.pool.reserve(block, experts)
 
     def _submit(self, block: int, experts: Iterable[int]) -> None:
         for expert in experts:
@@ -166,12 +207,14 @@ class Pager:
         self._reading.clear()
 
     def _settle(self, block: int, chosen: npt.NDArray[np.int64]) -> None:
-        """Take over what was read ahead for this block."""
-        guessed = [expert for at, expert in self._reading if at == block]
-        if not guessed:
-            return
-        right = set(guessed) & set(chosen.tolist())
-        self._stats.n_guessed_right += len(right)
+        """Take over what was read ahead for this block, and see how good the guess was."""
+        at, predicted = self._predicted
+        if at == block:
+            self._stats.n_predicted += len(predicted)
+            self._stats.n_predicted_right += len(predicted & set(chosen.tolist()))
+            self._predicted = (-1, set())
+        guessed = [expert for place, expert in self._reading if place == block]
+        self._stats.n_guessed_right += len(set(guessed) & set(chosen.tolist()))
         for expert in guessed:
             if all(read.done() for read in self._reading[block, expert]):
                 self._finish(block, [expert])
@@ -180,17 +223,20 @@ class Pager:
         """Begin to read what the prefetcher expects."""
         prefetcher = self._options.prefetcher
         guess = prefetcher.ahead(block, self.listener) if prefetcher else None
-        if guess is None:
+        if guess is not None:
+            self._read_ahead(*guess)
+
+    def _read_ahead(self, block: int, ids: Ids) -> None:
+        self._predicted = block, set(ids.tolist())
+        wanted = [int(e) for e in ids if (block, int(e)) not in self.pool]
+        if not wanted:
             return
-        at, ids = guess
-        wanted = [int(e) for e in ids if (at, int(e)) not in self.pool]
-        if wanted:
-            try:
-                self.pool.reserve(at, wanted)
-            except DoesNotFitError:  # no room to guess
-                return
-            self._stats.n_guessed += len(wanted)
-            self._submit(at, wanted)
+        try:
+            self.pool.reserve(block, wanted)
+        except DoesNotFitError:  # no room to guess
+            return
+        self._stats.n_guessed += len(wanted)
+        self._submit(block, wanted)
 
 
 def blocks_in(memory: ExpertMemory, n_experts: int) -> list[Block]:
