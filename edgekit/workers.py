@@ -5,6 +5,7 @@ one's number when it is done. Jobs do not depend on each other and leave their r
 so that order, place and repetition of a job change nothing in it.
 """
 
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -15,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from edgekit.encode import Encoder, Task, open_encoder
 from edgekit.errors import EdgekitError
 
+REACH_SECONDS = 10
 RETRIES = 5  # of a job whose worker is lost
 Engine = Callable[[Encoder, Task, Sequence[int], int, str | None], Iterator[int]]
 
@@ -101,6 +103,7 @@ def run_on_ray(
 
 
 def _join(ray: Any, n_jobs: int, address: str | None) -> None:
+    _reach(address)
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address is None:
@@ -112,6 +115,19 @@ def _join(ray: Any, n_jobs: int, address: str | None) -> None:
         raise EdgekitError(
             f"no Ray cluster at {address or 'this machine'}: {told}; start one with: ray start "
             "--head"
+        ) from error
+
+
+def _reach(address: str | None) -> None:
+    """Ask for the port of a cluster before Ray does, which would wait for minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():  # none is given, or it is a word such as "auto"
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise EdgekitError(
+            f"no Ray cluster at {address}: {error}; start one with: ray start --head"
         ) from error
 
 
