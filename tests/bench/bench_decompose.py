@@ -8,17 +8,24 @@ in size. Prints one JSON line last.
 """
 
 import argparse
+import io
 import json
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
+from edgekit.codecs import CODECS
+from edgekit.codecs.chunks import CHUNK_WEIGHTS
+from edgekit.codecs.job import Job
 from edgekit.kernels.bitstack_level import Level, to_bytes
 from edgekit.kernels.bitstack_rows import add_levels
 from edgekit.kernels.decompose import Settings, decompose
 from edgekit.kernels.decompose_ref import RANK, decompose_ref
+from edgekit.sensitivity import Sensitivity
 
 LEVELS = 8
 
@@ -43,6 +50,38 @@ def curve(levels: Iterable[Level], weights: np.ndarray) -> dict[str, Any]:
         errors.append(float(np.linalg.norm(weights - total) / np.linalg.norm(weights)))
         started = time.perf_counter()
     return {"bits": bits, "errors": errors, "seconds": seconds}
+
+
+@dataclass(frozen=True, eq=False)
+class Random:
+    """A tensor of random BF16 weights."""
+
+    size: int
+    name = "blk.0.ffn_down.weight"
+    source_type = "BF16"
+    quantizable = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Square."""
+        return self.size, self.size
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Raw rows."""
+        values = 0.02 * np.random.default_rng(0).standard_normal(self.shape, np.float32)
+        bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+        return bits.view(np.uint8).reshape(self.size, -1)[start:stop]
+
+
+def encode_cost(codec: str, size: int = 3072) -> float:
+    """Nanoseconds of processor time per weight of a tensor with a codec's default tiers."""
+    random = np.random.default_rng(1)
+    rows, cols = (np.exp(random.standard_normal(size)).astype(np.float32) for _ in range(2))
+    row = CODECS[codec]
+    job = Job(row.tiers, CHUNK_WEIGHTS, None, Sensitivity(rows, cols[None]))
+    started = time.process_time()
+    row.encode(Random(size), job, io.BytesIO())
+    return 1e9 * (time.process_time() - started) / size**2
 
 
 def main() -> None:
@@ -72,8 +111,12 @@ def main() -> None:
             "error at the reference's bytes over its own:",
             np.round(at / reference["errors"], 3),
         )
+    with threadpool_limits(1, "blas"):
+        costs = {codec: encode_cost(codec) for codec in CODECS}
+    print("ns per weight of a whole tensor:", costs)
     report = {
         "benchmark": "decompose",
+        "encode_ns_per_weight": costs,
         "size": args.size,
         "full_svd_seconds": full,
         "level_seconds": level,
