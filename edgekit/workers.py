@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from threadpoolctl import threadpool_limits
-
 from edgekit.encode import Encoder, Task, open_encoder
 from edgekit.errors import EdgekitError
 
@@ -33,13 +31,13 @@ class _OneThread:
 
     def __init__(self) -> None:
         self._lock, self._n_inside = threading.Lock(), 0
-        self._limits: threadpool_limits | None = None
+        self._limits: Any = None
 
     def __enter__(self) -> None:
         with self._lock:
-            self._n_inside += 1
             if self._limits is None:
-                self._limits = threadpool_limits(1, "blas")
+                self._limits = _limited()
+            self._n_inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
@@ -47,6 +45,16 @@ class _OneThread:
             if self._n_inside == 0 and self._limits is not None:
                 self._limits.restore_original_limits()
                 self._limits = None
+
+
+def _limited() -> Any:
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError as error:
+        raise EdgekitError(
+            f"converting needs {error.name}; pip install 'edgekit[convert]'"
+        ) from error
+    return threadpool_limits(1, "blas")
 
 
 _limits = _OneThread()
