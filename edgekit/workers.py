@@ -5,16 +5,16 @@ one's number when it is done. Jobs do not depend on each other and leave their r
 so that order, place and repetition of a job change nothing in it.
 """
 
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from threadpoolctl import threadpool_limits
-
 from edgekit.encode import Encoder, Task, open_encoder
 from edgekit.errors import EdgekitError
 
+REACH_SECONDS = 10
 RETRIES = 5  # of a job whose worker is lost
 Engine = Callable[[Encoder, Task, Sequence[int], int, str | None], Iterator[int]]
 
@@ -31,13 +31,13 @@ class _OneThread:
 
     def __init__(self) -> None:
         self._lock, self._n_inside = threading.Lock(), 0
-        self._limits: threadpool_limits | None = None
+        self._limits: Any = None
 
     def __enter__(self) -> None:
         with self._lock:
-            self._n_inside += 1
             if self._limits is None:
-                self._limits = threadpool_limits(1, "blas")
+                self._limits = _limited()
+            self._n_inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
@@ -45,6 +45,16 @@ class _OneThread:
             if self._n_inside == 0 and self._limits is not None:
                 self._limits.restore_original_limits()
                 self._limits = None
+
+
+def _limited() -> Any:
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError as error:
+        raise EdgekitError(
+            f"converting needs {error.name}; pip install 'edgekit[convert]'"
+        ) from error
+    return threadpool_limits(1, "blas")
 
 
 _limits = _OneThread()
@@ -101,6 +111,7 @@ def run_on_ray(
 
 
 def _join(ray: Any, n_jobs: int, address: str | None) -> None:
+    _reach(address)
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address is None:
@@ -112,6 +123,19 @@ def _join(ray: Any, n_jobs: int, address: str | None) -> None:
         raise EdgekitError(
             f"no Ray cluster at {address or 'this machine'}: {told}; start one with: ray start "
             "--head"
+        ) from error
+
+
+def _reach(address: str | None) -> None:
+    """Ask for the port of a cluster before Ray does, which would wait for minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():  # none is given, or it is a word such as "auto"
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise EdgekitError(
+            f"no Ray cluster at {address}: {error}; start one with: ray start --head"
         ) from error
 
 

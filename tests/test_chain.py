@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from edgekit.convert_options import DEFAULT_TIERS, Options, check_options, check_tiers
-from edgekit.encode import chain_of
+from edgekit.codecs.nested_stack import chain_of, check_tiers
+from edgekit.convert_options import DEFAULT_TIERS, Options, check_options
 from edgekit.errors import UsageError
 
 

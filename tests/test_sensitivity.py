@@ -2,7 +2,6 @@
 
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
@@ -14,10 +13,11 @@ from jsonschema import Draft202012Validator
 
 from edgekit.arch import map_checkpoint
 from edgekit.checkpoint import Checkpoint
+from edgekit.codecs import CODECS
+from edgekit.codecs.job import Job
 from edgekit.convert import convert
 from edgekit.convert_options import Options
 from edgekit.devices.memory import FreeMemory
-from edgekit.encode import Job, encode_tensor
 from edgekit.errors import RefusedError
 from edgekit.progress import Silent
 from edgekit.sensitivity import (
@@ -145,9 +145,8 @@ def test_losses_of_a_tensor_are_those_of_ggufs_own_values(tmp_path: Path) -> Non
     )
     random, (rows, cols) = np.random.default_rng(2), tensor.shape
     sensitivity = Sensitivity(random.random(rows, np.float32), random.random((1, cols), np.float32))
-    job = Job(("Q5_0", "Q8_0", "source"), "nested", 64 * cols, None, sensitivity)
-    with ThreadPoolExecutor(1) as pool:
-        record = encode_tensor(tensor, job, BytesIO(), pool, 2)
+    job = Job(("Q5_0", "Q8_0", "source"), 64 * cols, None, sensitivity)
+    record = CODECS["nested"].encode(tensor, job, BytesIO())
     source = tensor.rows().view(np.float32)
     for tier, loss in zip(record.tiers, record.losses, strict=True):
         kept = source

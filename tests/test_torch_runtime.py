@@ -2,15 +2,18 @@
 
 import dataclasses
 import gc
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from converted import tiny, unmeasured
 
 from edgekit.artifact import open_artifact
 from edgekit.assembly import Assembly
+from edgekit.cli import main
 from edgekit.convert import convert
 from edgekit.errors import UsageError
 from edgekit.llama import Context, open_model
@@ -125,3 +128,28 @@ def test_a_device_that_is_not_there_is_told(folder):
         depths = uniform(artifact.stacks, lambda stack: stack.tiers[0])
         with pytest.raises(UsageError, match="torch cannot use --device"):
             TorchModel(artifact, depths, "cuda:99")
+
+
+def test_eval_runs_in_torch_what_it_runs_in_llama_cpp(folder, tmp_path):
+    artifact, text = converted(folder, "llama", "nested"), tmp_path / "text"
+    text.write_text("".join(chr(97 + n) for n in np.random.default_rng(0).integers(0, 26, 400)))
+    found = {}
+    for runtime in ("llama", "torch"):
+        words = ["eval", str(artifact), "--tier", "Q4_K", "--text", str(text), "--context", "32"]
+        done = CliRunner().invoke(main, [*words, "--runtime", runtime, "--json"])
+        assert done.exit_code == 0, done.output
+        found[runtime] = json.loads(done.stdout)
+    ours, theirs = found["torch"], found["llama"]
+    assert ours["n_tokens"] == theirs["n_tokens"] > 0
+    assert ours["weights_bytes"] == theirs["weights_bytes"]
+    assert ours["ppl"] == pytest.approx(theirs["ppl"], rel=0.01)
+    assert ours["kl_mean"] == pytest.approx(theirs["kl_mean"], rel=0.2)
+
+
+def test_eval_in_torch_wants_an_artifact(tmp_path):
+    path, text = tmp_path / "model.gguf", tmp_path / "text"
+    path.touch()
+    text.write_text("some words")
+    words = ["eval", str(path), "--text", str(text), "--runtime", "torch"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2 and "are for artifacts" in done.output

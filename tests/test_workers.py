@@ -129,7 +129,6 @@ def test_a_worker_killed_in_the_middle_changes_nothing(checkpoint, tmp_path, clu
     assert contents(tmp_path / "edge") == wanted
 
 
-@pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_told(checkpoint, tmp_path):
     pytest.importorskip("ray", reason="pip install 'edgekit[cluster]'")
     options = unmeasured(

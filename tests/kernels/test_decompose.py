@@ -47,6 +47,17 @@ def authors_errors(weights, n_levels, rank):
     return errors
 
 
+# Relative errors of xinghaow99/BitStack at 9f333d6, `BitStackLinear.decompose_weight`, rank 16, on
+# gaussian(160, 224), with its float16 factors
+ORIGINAL = [0.51361, 0.26735, 0.14384, 0.07985, 0.04616, 0.02785]
+
+
+def test_the_reference_is_the_authors_code():
+    weights = gaussian(160, 224)
+    _, ours = curve(decompose_ref(weights, 6), weights)
+    np.testing.assert_allclose(ours[1:], ORIGINAL, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("make", [gaussian, uneven])
 def test_the_reference_is_the_paper(make):
     weights = make(160, 224)
