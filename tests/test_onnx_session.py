@@ -229,7 +229,7 @@ with edgekit.load({str(artifact)!r}, 1 << 40, 1024, n_threads=1, runtime="onnx")
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     peak, planned = json.loads(done.stdout)
-    assert 0.8 * planned < peak <= 1.02 * planned, (peak, planned)
+    assert 0.7 * planned < peak <= planned, (peak, planned)
 
 
 def test_what_does_not_fit_ends_with_exit_code_3(artifact):
