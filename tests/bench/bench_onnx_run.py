@@ -3,7 +3,7 @@
     python tests/bench/bench_onnx_run.py ARTIFACT GENAI_FOLDER [N_TOKENS] [ROUNDS]
 
 The peer is made from the same checkpoint with
-``python -m onnxruntime_genai.models.builder -i CHECKPOINT -o GENAI_FOLDER -p int4 -e cpu -c CACHE``.
+``python -m onnxruntime_genai.models.builder -i CHECKPOINT -o FOLDER -p int4 -e cpu -c CACHE``.
 Decoding reads every weight once per token: the floor is the bytes of codes and scales over the
 machine's memory bandwidth. Runs alternate; ratios are of medians. Without GENAI_FOLDER only memory
 is measured: a fresh process per depth, its peak against the plan.
