@@ -22,6 +22,7 @@ def load(
     residency: Literal["auto", "anon", "mapped"] = "auto",
     follow: bool = True,
     repack: bool = False,
+    runtime: Literal["llama", "onnx"] = "llama",
 ) -> "AbstractContextManager[Session]":
     """Load the artifact in ``path`` at the best depth within ``budget`` bytes.
 
@@ -36,7 +37,9 @@ def load(
     """
     from edgekit.loader import load
 
-    return load(path, budget, context, kv_type, n_threads, residency, follow, repack)
+    return load(
+        path, budget, context, kv_type, n_threads, residency, follow, repack, runtime=runtime
+    )
 
 
 def load_isolated(path: Path | str, **options: object) -> "AbstractContextManager[IsolatedSession]":

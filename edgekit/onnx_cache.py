@@ -36,7 +36,7 @@ def cached_folder(artifact: OnnxArtifact, depth: int) -> Path | None:
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.rmtree(place, ignore_errors=True)
         _make_room(place.parent, need)
-        write_folder(artifact, depth, partial, has_keep=True)
+        write_folder(artifact, depth, partial, for_here=True)
         (partial / STAMP).write_text(json.dumps(_identities(partial)), encoding="utf-8")
         partial.rename(place)
     except (OSError, DiskFullError):
@@ -56,7 +56,7 @@ def model_folder(artifact: OnnxArtifact, depth: int) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="edgekit-onnx-") as place:
         folder = Path(place) / "model"
         require_free(folder, whole_bytes(artifact, depth), "composing the codes of a depth")
-        write_folder(artifact, depth, folder, has_keep=True)
+        write_folder(artifact, depth, folder, for_here=True)
         yield folder
 
 

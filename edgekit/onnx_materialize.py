@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from edgekit.publish import move_into_place
 
 MODEL, MODEL_KEEP, DATA = "model.onnx", "model_last.onnx", "model.onnx_data"
 CHUNK_BYTES = 1 << 22  # of a plane in memory at a time
+NEWEST = [1, 32]  # of onnxruntime: the experts' accuracy_level
 OVERHEAD_BYTES = 1 << 20  # graphs and small files, at most
 U8Array = npt.NDArray[np.uint8]
 
@@ -82,7 +84,7 @@ def whole_bytes(artifact: OnnxArtifact, depth: int) -> int:
 
 
 def write_folder(
-    artifact: OnnxArtifact, depth: int, folder: Path, *, has_keep: bool = False
+    artifact: OnnxArtifact, depth: int, folder: Path, *, for_here: bool = False
 ) -> None:
     """Write graph, data and small files into ``folder``, which is made.
 
@@ -90,7 +92,8 @@ def write_folder(
         artifact: Checked for this depth.
         depth: Of all matrices; some have a higher one.
         folder: A new one.
-        has_keep: Write `MODEL_KEEP` as well, whose head runs for the last positions only.
+        for_here: Write graphs for the onnxruntime that is installed here, `MODEL_KEEP` as well,
+            whose head runs for the last positions only.
     """
     from edgekit.exporters.onnx_files import write_graph
 
@@ -105,11 +108,21 @@ def write_folder(
             else:
                 values = artifact.read(item.place).view(np.float32)
                 weights[name] = file.write(values.reshape(item.shape))
-    write_graph(inner / MODEL, decoder, weights)
-    if has_keep:
-        write_graph(inner / MODEL_KEEP, decoder, weights, has_keep=True)
+    is_portable = not (for_here and is_newest())
+    write_graph(inner / MODEL, decoder, weights, is_portable=is_portable)
+    if for_here:
+        write_graph(inner / MODEL_KEEP, decoder, weights, is_portable=is_portable, has_keep=True)
     for name, data in _small_files(artifact, decoder).items():
         (folder / name).write_bytes(data)
+
+
+def is_newest() -> bool:
+    """Whether the onnxruntime here knows what graphs that are not portable say."""
+    try:
+        parts = version("onnxruntime").split(".")
+    except PackageNotFoundError:
+        return False
+    return [int(part) for part in parts[:2]] >= NEWEST
 
 
 def _small_files(artifact: OnnxArtifact, decoder: Decoder) -> dict[str, bytes]:

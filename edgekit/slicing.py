@@ -243,13 +243,18 @@ def block_for(shape: tuple[int, ...], asked: int, name: str) -> int:
     )
 
 
+def lowest_depth(name: str) -> int:
+    """Bits of a matrix's lowest depth: two cost the embedding and the head too much."""
+    return 4 if name in (EMBEDDING, HEAD) else 2
+
+
 class _Writer:
     """Appends one matrix to the data files, chunk after chunk."""
 
     def __init__(self, matrix: Matrix, block: int, files: Mapping[int, DataFile]) -> None:
         self.name, self.shape = matrix.name, matrix.shape
         self.block = block_for(matrix.shape, block, matrix.name)
-        self.lowest = 4 if matrix.name in (EMBEDDING, HEAD) else 2
+        self.lowest = lowest_depth(matrix.name)
         self.depths = tuple(depth for depth in DEPTHS if depth >= self.lowest)
         self._files = {d: files[2 if d == self.lowest else d] for d in self.depths}
         self._starts = {d: file.begin() for d, file in self._files.items()}

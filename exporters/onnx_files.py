@@ -22,10 +22,11 @@ def write_graph(
     weights: Weights,
     accuracy_level: int = FAST,
     *,
+    is_portable: bool = True,
     has_keep: bool = False,
 ) -> None:
     """Write a decoder's graph to ``path``, a new file; its weights lie beside it already."""
-    model = build(decoder, weights, accuracy_level, has_keep=has_keep)
+    model = build(decoder, weights, accuracy_level, is_portable=is_portable, has_keep=has_keep)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     with os.fdopen(os.open(path, flags, 0o644), "wb") as file:
         file.write(model.SerializeToString())

@@ -25,10 +25,13 @@ class Graph:
     Attributes:
         nodes, initializers: So far.
         accuracy_level: Of every quantized product.
+        is_portable: Without attributes that onnxruntime before 1.32 refuses, as the ones of
+            transformers.js 4.3 are.
     """
 
-    def __init__(self, accuracy_level: int = FAST) -> None:
+    def __init__(self, accuracy_level: int = FAST, *, is_portable: bool = True) -> None:
         """Begin empty."""
+        self.is_portable = is_portable
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[TensorProto] = []
         self.accuracy_level = accuracy_level

@@ -13,7 +13,12 @@ CACHE = ("batch_size", "past_sequence_length", "total_sequence_length")
 
 
 def build(
-    decoder: Decoder, weights: Weights, accuracy_level: int = FAST, *, has_keep: bool = False
+    decoder: Decoder,
+    weights: Weights,
+    accuracy_level: int = FAST,
+    *,
+    is_portable: bool = True,
+    has_keep: bool = False,
 ) -> onnx.ModelProto:
     """Build the graph; its weights are references into the data files.
 
@@ -22,10 +27,11 @@ def build(
         weights: Every tensor by name, and ``rotation.N.cos`` and ``.sin`` for its tables.
         accuracy_level: 4 multiplies with activations in 8 bits, which is what has fast kernels;
             0 in float32.
+        is_portable: For onnxruntime from 1.28 on, else from 1.32, whose experts are faster.
         has_keep: With an input ``num_logits_to_keep``: the head runs for so many positions from
             the end only. transformers.js knows it, genai does not.
     """
-    graph = Graph(accuracy_level)
+    graph = Graph(accuracy_level, is_portable=is_portable)
     layers = Layers(graph, decoder, weights)
     inputs = _inputs(graph, decoder, weights)
     x = graph.gathered("input_ids", EMBEDDING, weights[EMBEDDING])

@@ -33,6 +33,9 @@ def made(tmp_path_factory) -> Path:
     (folder / "checkpoint").rename(folder / "Llama-3.2-1B")
     (folder / "artifact").rename(folder / "llama-edge")
     (folder / "heldout.txt").write_text(TEXT)
+    words = ("--format", "onnx", "--checkpoint", "Llama-3.2-1B")
+    done = run(folder, "export", "llama-edge", *words)
+    assert done.returncode == 0, done.stderr
     run(folder, "materialize", "llama-edge", "--tier", "source", "-o", "source.gguf")
     run(folder, "materialize", "llama-edge", "--tier", "Q4_K", "-o", "phone.gguf")
     return folder
@@ -98,6 +101,8 @@ def test_every_example_in_a_help_text_runs(here, line):
             words += ["--no-measure"]
     if words[0] == "materialize":
         Path("phone.gguf").unlink()
+    if words[0] == "export":
+        shutil.rmtree("llama-edge/onnx")
     if words[0] == "pull":
         words[1] = Path("llama-edge").resolve().as_uri()
     if words[0] == "serve":

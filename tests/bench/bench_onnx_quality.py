@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from edgekit import slicing
 from edgekit.artifact import open_artifact
 from edgekit.assembly import Assembly
 from edgekit.calibration import calibrate
@@ -59,13 +60,16 @@ def dedicated(bits: int) -> Encode:
 
 
 @contextmanager
-def encoding(encode: Encode) -> Iterator[None]:
-    ours = slices.encode
+def encoding(encode: Encode, lowest: int) -> Iterator[None]:
+    """Planes that begin at ``lowest`` bits hold all codes of so many bits."""
+    ours = slices.encode, slicing.lowest_depth
     slices.encode = encode
+    if lowest == 4:
+        slicing.lowest_depth = lambda name: 4
     try:
         yield
     finally:
-        slices.encode = ours
+        slices.encode, slicing.lowest_depth = ours
 
 
 def onnx_rows(
@@ -115,7 +119,7 @@ def measure(name: str) -> list[dict[str, Any]]:
                 ("2 bits alone", dedicated(2), (2,)),
             )
             for at, (label, encode, depths) in enumerate(rounds):
-                with encoding(encode):
+                with encoding(encode, depths[0]):
                     rows += onnx_rows(
                         checkpoint, folder / f"onnx{at}", imatrix, reference, label, depths
                     )

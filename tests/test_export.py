@@ -1,0 +1,96 @@
+"""One artifact for both runtimes, and the ONNX part added later from the artifact's own weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from converted import tiny, unmeasured
+
+import edgekit
+from edgekit.cli import main
+from edgekit.convert import convert
+from edgekit.llama import Sampling
+from edgekit.progress import Silent
+
+TIERS = ("Q4_K", "source")
+FORMATS = {"both": ("gguf", "onnx"), "gguf": ("gguf",), "onnx": ("onnx",)}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2_moe"])
+def made(request, tmp_path_factory):
+    """A checkpoint and its artifacts in every choice of formats."""
+    folder = tmp_path_factory.mktemp(request.param)
+    options = {"dtype": "bfloat16", "width": "wide"}
+    checkpoint = tiny(folder / "checkpoint", request.param, **options)
+    for name, formats in FORMATS.items():
+        chosen = unmeasured(TIERS, statistics=False, formats=formats)
+        convert(checkpoint, folder / name, chosen, Silent())
+    return folder
+
+
+def json_of(*words: str) -> dict:
+    result = CliRunner().invoke(main, [*words, "--json"])
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return json.loads(result.stdout)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_what_is_added_later_is_what_convert_writes(made, tmp_path):
+    """From the artifact's lossless tier, bit for bit; the checkpoint gives config and tokenizer."""
+    artifact = Path(shutil.copytree(made / "gguf", tmp_path / "artifact"))
+    bare = Path(shutil.copytree(made / "checkpoint", tmp_path / "checkpoint"))
+    (bare / "model.safetensors").unlink()
+    words = ("export", str(artifact), "--format", "onnx", "--checkpoint", str(bare))
+    body = json_of(*words)
+    assert body["bytes"] == sum(map(len, files(artifact / "onnx").values()))
+    assert files(artifact / "onnx") == files(made / "onnx/onnx") == files(made / "both/onnx")
+    assert json_of("verify", str(artifact))["ok"]
+    again = CliRunner().invoke(main, list(words))
+    assert again.exit_code == 2 and "replace it with --force" in again.stderr
+    assert json_of(*words, "--force")["depths"] == body["depths"]
+
+
+def test_another_model_s_config_is_refused(made, tmp_path):
+    artifact = Path(shutil.copytree(made / "gguf", tmp_path / "artifact"))
+    other = Path(shutil.copytree(made / "checkpoint", tmp_path / "checkpoint"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 12345.0}))
+    result = CliRunner().invoke(
+        main, ["export", str(artifact), "--format", "onnx", "--checkpoint", str(other)]
+    )
+    assert result.exit_code == 5 and "is not the one that" in result.stderr
+    assert not (artifact / "onnx").exists()
+
+
+def test_both_runtimes_run_from_one_folder(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path))
+    monkeypatch.setattr("edgekit.onnx_session.held_bytes", lambda: 0)
+    greedy = Sampling(temperature=0.0, ignore_eos=True)
+    for runtime in ("llama", "onnx"):
+        with edgekit.load(
+            made / "both", 1 << 33, 64, n_threads=1, follow=False, runtime=runtime
+        ) as session:
+            generation = session.generate("a b", 3, greedy)
+            assert "".join(generation) and len(generation.ids) == 3
+
+
+def test_inspect_and_the_report_tell_of_both(made):
+    body = json_of("inspect", str(made / "both"))
+    assert [row["depth"] for row in body["onnx"]["depths"]] == [2, 4, 8]
+    assert body["tiers"] == list(TIERS) and body["levels"]
+    bare = json_of("inspect", str(made / "onnx"))
+    assert bare["tiers"] == [] and bare["n_parameters"] > 1e5
+    card = (made / "both/README.md").read_text()
+    assert "For ONNX Runtime" in card and "What a budget buys" in card
+
+
+def test_an_unknown_format_is_a_wrong_use(made, tmp_path):
+    result = CliRunner().invoke(
+        main, ["convert", str(made / "checkpoint"), "-o", str(tmp_path / "x"), "--format", "onxn"]
+    )
+    assert result.exit_code == 2 and "did you mean 'onnx'?" in result.stderr

@@ -1,0 +1,163 @@
+"""The browser sample: the page answers in Chromium, transformers.js on Node gives our tokens.
+
+Needs node, npm and, for the page, Chromium. The packages of samples/web/package-lock.json (470 MB)
+are installed beside it once.
+"""
+
+import functools
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+from onnx_models import float_graph, logits_of, onnx_artifact, opened
+
+from edgekit.exporters.onnx_configs import CONFIG
+from edgekit.llama import Sampling
+from edgekit.onnx_artifact import open_onnx
+from edgekit.onnx_materialize import MODEL, materialize_onnx
+from edgekit.onnx_runtime import Tokenizer, open_runner
+from edgekit.onnx_runtime.sampler import Sampler
+
+ROOT = Path(__file__).resolve().parents[1]
+WEB = ROOT / "samples" / "web"
+PROMPT, N = "def read(path):", 64
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SAME_IN_WASM = {"tiny-llama": 64, "tiny-moe": 1}  # seen: 64 and 23
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def node() -> str:
+    """Node, with the sample's packages installed."""
+    found, npm = shutil.which("node"), shutil.which("npm")
+    if found is None or npm is None:
+        pytest.skip("node and npm are not installed")
+    stamp = WEB / "node_modules" / ".package-lock.json"
+    if not stamp.is_file() or stamp.stat().st_mtime < (WEB / "package-lock.json").stat().st_mtime:
+        words = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+        done = subprocess.run(words, cwd=WEB, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"npm cannot install the sample's packages: {done.stderr[-300:]}")
+    return found
+
+
+@pytest.fixture(scope="module", params=["tiny-llama", "tiny-moe"])
+def made(request, tmp_path_factory):
+    """A sample's name, its artifact, and its model folder of 8 bits."""
+    folder = tmp_path_factory.mktemp(request.param)
+    artifact = onnx_artifact(ROOT / "samples" / request.param, folder / "artifact")
+    materialize_onnx(open_onnx(artifact), 8, folder / "model")
+    return request.param, artifact, folder / "model"
+
+
+def prompt_ids(folder: Path) -> list[int]:
+    return Tokenizer(folder).encode(PROMPT)
+
+
+def tokens_in_python(artifact: Path, folder: Path) -> list[int]:
+    """Greedy tokens in onnxruntime, one by one with the cache."""
+    from edgekit.onnx_cache import cached_folder
+
+    place, facts = cached_folder(open_onnx(artifact), 8), open_onnx(artifact).part.facts
+    runner, sampler = open_runner(place, facts, 128, 128, 1, genai=False), Sampler(Sampling(0.0))
+    found, logits = [], runner.decode(prompt_ids(folder))
+    for _ in range(N):
+        found.append(sampler.draw(logits))
+        logits = runner.decode(found[-1:])
+    runner.close()
+    return found
+
+
+def tokens_on_node(node: str, folder: Path) -> list[int]:
+    words = [node, "generate.mjs", str(folder), str(N), *map(str, prompt_ids(folder))]
+    done = subprocess.run(words, cwd=WEB, capture_output=True, text=True, check=True)
+    found: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_node_gives_the_tokens_of_python(node, made):
+    """Up to the first near tie of experts: onnxruntime-node 1.30 rounds activations otherwise."""
+    name, artifact, folder = made
+    got, want = tokens_on_node(node, folder), tokens_in_python(artifact, folder)
+    n = {"tiny-llama": N, "tiny-moe": 23}[name]
+    assert got[:n] == want[:n] and len(got) == N
+
+
+def test_node_gives_the_float_tokens_of_python(node, made, tmp_path):
+    """The model as it is, in float32: onnxruntime's greedy tokens, whole text anew each time."""
+    name, _, folder = made
+    checkpoint = ROOT / "samples" / name
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    graph = float_graph(checkpoint, tmp_path)
+    (copy / "onnx" / MODEL).write_bytes(graph.read_bytes())
+    (copy / "onnx" / "model.onnx_data").write_bytes((tmp_path / "float.bin").read_bytes())
+    renamed(copy / "onnx" / MODEL, "model.onnx_data")
+    import numpy as np
+
+    ids = prompt_ids(folder)
+    for _ in range(N):
+        ids.append(int(logits_of(graph, np.array([ids]), len(ids))[0, -1].argmax()))
+    assert tokens_on_node(node, copy) == ids[-N:]
+    assert opened(checkpoint) and (copy / CONFIG).is_file()
+
+
+def renamed(graph: Path, data: str) -> None:
+    """Let a graph read its weights from another file."""
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = data if entry.key == "location" else entry.value
+    graph.write_bytes(model.SerializeToString())
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def page(node, made, tmp_path):
+    """Address of the page, served with a model folder beside it."""
+    _, _, folder = made
+    for path in WEB.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "sample").symlink_to(folder)
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/index.html?model=sample&n={N}&run"
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_page_answers_in_chromium(page, made, tmp_path):
+    """WebAssembly has kernels of its own, so near ties may fall differently; see docs/onnx.md."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("Chromium is not installed")
+    words = [chromium, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}",
+             "--virtual-time-budget=300000", "--dump-dom", page]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert 'data-done="yes"' in done.stdout, done.stdout[-2000:]
+    got = json.loads(re.search(r'data-tokens="([^"]*)"', done.stdout)[1])
+    name, artifact, folder = made
+    want = tokens_in_python(artifact, folder)
+    same = next((i for i, (a, b) in enumerate(zip(got, want, strict=True)) if a != b), N)
+    assert len(got) == N and same >= SAME_IN_WASM[name], f"the first {same} tokens are those of x86"
+    assert PROMPT in done.stdout
