@@ -110,7 +110,7 @@ def by_onnxruntime_genai(checkpoint: Path, out: Path, work: Path) -> Iterator[Bu
 def by_mlx(checkpoint: Path, out: Path, work: Path) -> Iterator[Built]:
     """mlx_lm convert, groups of 64."""
     python = python_of(work, "mlx-lm")
-    for bits in (3, 4, 6):
+    for bits in (4, 6):
         path = out / f"mlx-{bits}"
         words = [python, "-m", "mlx_lm", "convert", "--hf-path", checkpoint, "--mlx-path", path]
         seconds, peak = timed([*words, "-q", "--q-bits", bits], out / f"mlx-{bits}.log")

@@ -15,7 +15,8 @@ MIB = 1 << 20
 
 def page(body: Row) -> str:
     """The page."""
-    return "\n".join([*_head(body), *_quality(body), *_cost(body), *_versions(body), ""])
+    parts = (_head, _quality, _wins, _cost, _versions)
+    return "\n".join([line for part in parts for line in part(body)] + [""])
 
 
 def _head(body: Row) -> Iterator[str]:
@@ -61,6 +62,38 @@ def _quality(body: Row) -> Iterator[str]:
 
 def _kl(row: Row) -> str:
     return f"{row['kl_mean']:.3g} +- {row['kl_error']:.1g}"
+
+
+# What a row has, whether more is better, and how it is said
+FIGURES = (
+    ("decode_tokens_per_s", True, "decodes faster", "{:.0f} against {:.0f} tokens/s"),
+    ("prompt_tokens_per_s", True, "reads prompts faster", "{:.0f} against {:.0f} tokens/s"),
+    ("load_seconds", False, "loads faster", "{:.2f} against {:.2f} s"),
+)
+CLEARLY = 1.1  # times; less is not told apart from noise
+
+
+def _wins(body: Row) -> Iterator[str]:
+    """Where a peer is better, in words."""
+    yield "## Where a peer wins"
+    yield ""
+    for row in body["models"]:
+        mine, name = row["edgekit"], f"{row['tool']} {row['name']}"
+        if winner(row).startswith("**"):
+            yield f"- {name}: better quality at its bytes."
+        for key, more, words, form in FIGURES if mine else ():
+            ratio = row[key] / mine[key] if more else mine[key] / row[key]
+            if ratio >= CLEARLY:
+                yield f"- {name} {words}: {form.format(row[key], mine[key])}."
+    seconds = body["edgekit"]["seconds"]
+    quick = [row for row in body["models"] if row["convert_seconds"] < seconds]
+    if quick:
+        least = min(row["convert_seconds"] for row in quick)
+        yield (
+            f"- One file is made faster than an artifact for all sizes: in {least:.1f} s by "
+            f"{min(quick, key=lambda r: r['convert_seconds'])['tool']}, against {seconds:.1f} s."
+        )
+    yield ""
 
 
 def _cost(body: Row) -> Iterator[str]:
