@@ -24,7 +24,7 @@ from edgekit.profile import profile, read_peers
 from edgekit.report import page, plots, render
 from edgekit.report.numbers import split, value_at, written
 from edgekit.trial import Trial
-from edgekit.trials import checks
+from edgekit.trials import checks, least_disturbed
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "<script>alert(1)</script>&\"'"
@@ -238,6 +238,13 @@ def test_predictions_between_the_fitted_ends_are_exact_where_costs_are_linear(ar
     for check in found:
         assert check.decode_tokens_per_s == pytest.approx(check.trial.decode_tokens_per_s)
         assert check.prompt_tokens_per_s == pytest.approx(check.trial.prompt_tokens_per_s)
+
+
+def test_of_two_rounds_the_less_disturbed_counts():
+    slow, fast = trial(1000, 50.0), replace(trial(1000, 60.0), load_seconds=0.4, peak_bytes=900)
+    best = least_disturbed([slow, fast])
+    assert (best.decode_tokens_per_s, best.load_seconds) == (60.0, 0.4)
+    assert (best.peak_bytes, best.budget_bytes) == (991, 1000)
 
 
 # The page
