@@ -116,8 +116,10 @@ def _cost(body: Row) -> Iterator[str]:
     yield ""
     yield (
         "Load is from the call to a model ready for tokens, page cache warm. Speeds are medians "
-        "of one run each; all GGUF files run in the same llama.cpp, where differences are those of "
-        "types, and noise."
+        "of one run each, minutes apart; the same file differs by up to 1.4 times between moments "
+        "of a shared machine, so only more than that tells the runtimes apart. All GGUF files run "
+        "in the same llama.cpp, with a float32 cache and without repacking. onnxruntime-genai's "
+        "file holds the embedding in float32."
     )
     yield ""
 
