@@ -109,7 +109,10 @@ def probe(folder: Path, name: str, progress: Progress, n_threads: int | None = N
 def described(name: str, measured: Measured) -> Device:
     """The profile from what was timed."""
     timings, budget = measured.timings, auto_budget()
-    total, how = psutil.virtual_memory().total, f"edgekit devices probe, {time.strftime('%F')}"
+    total, how = (
+        psutil.virtual_memory().total,
+        f"edgekit devices probe, {time.strftime('%Y-%m-%d')}",
+    )
     small = {kind: _small_rates(kind, timings) for kind in TYPES}
     token, layer = _fixed_costs(timings, small[COMMON][0])
     # Of small models types differ by less than timings do

@@ -62,8 +62,11 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("line", commands())
 def test_commands_in_the_documentation_exist(line):
     words = shlex.split(line, comments=True)[1:]
-    command = main.get_command(click.Context(main), words[0])
+    command, context = main.get_command(click.Context(main), words[0]), click.Context(main)
     assert command is not None, f"no command {words[0]}"
+    if isinstance(command, click.Group) and len(words) > 1 and not words[1].startswith("-"):
+        command = command.get_command(context, words[1])
+        assert command is not None, f"no command {words[:2]}"
     known = {name for p in command.params for name in (*p.opts, *p.secondary_opts)} | {"--help"}
     assert {word.split("=")[0] for word in words if re.match("--?[a-z]", word)} - known == set()
 

@@ -19,7 +19,7 @@ def devices(ctx: click.Context, as_json: bool, verbose: bool) -> None:
     """List the devices that --device takes; probe measures this machine and writes its profile.
 
     \b
-        edgekit devices
+        edgekit devices --json
     """
     if ctx.invoked_subcommand is not None:
         return

@@ -92,25 +92,19 @@ def by_llama_cpp(checkpoint: Path, out: Path, work: Path) -> Iterator[Built]:
 
 
 def by_onnxruntime_genai(checkpoint: Path, out: Path, work: Path) -> Iterator[Built]:
-    """The model builder, 4 bits for the processor: blocks of 32 as it comes, and larger ones."""
-    python = python_of(work, "onnxruntime-genai")
-    for name, options in (
-        ("int4", ()),
-        ("int4, blocks of 128", ("int4_block_size=128",)),
-    ):
-        path = out / f"onnx-{name.split()[-1]}"
-        words = [python, "-m", "onnxruntime_genai.models.builder", "-m", "sample", "-i", checkpoint]
-        words += ["-o", path, "-p", "int4", "-e", "cpu", "-c", out / "onnx-cache"]
-        words += ["--extra_options", *options] if options else []
-        seconds, peak = timed(words, out / f"{path.name}.log")
-        files = (path / "model.onnx", path / "model.onnx.data")
-        yield Built("onnxruntime-genai", name, path, "run_onnx.py", python, files, seconds, peak)
+    """The model builder, 4 bits in blocks of 32 for the processor, as it comes."""
+    python, path = python_of(work, "onnxruntime-genai"), out / "onnx-int4"
+    words = [python, "-m", "onnxruntime_genai.models.builder", "-m", "sample", "-i", checkpoint]
+    words += ["-o", path, "-p", "int4", "-e", "cpu", "-c", out / "onnx-cache"]
+    seconds, peak = timed(words, out / "onnx-int4.log")
+    files = (path / "model.onnx", path / "model.onnx.data")
+    yield Built("onnxruntime-genai", "int4", path, "run_onnx.py", python, files, seconds, peak)
 
 
 def by_mlx(checkpoint: Path, out: Path, work: Path) -> Iterator[Built]:
     """mlx_lm convert, groups of 64."""
     python = python_of(work, "mlx-lm")
-    for bits in (3, 4, 6):
+    for bits in (4, 6):
         path = out / f"mlx-{bits}"
         words = [python, "-m", "mlx_lm", "convert", "--hf-path", checkpoint, "--mlx-path", path]
         seconds, peak = timed([*words, "-q", "--q-bits", bits], out / f"mlx-{bits}.log")

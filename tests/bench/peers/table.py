@@ -15,7 +15,8 @@ MIB = 1 << 20
 
 def page(body: Row) -> str:
     """The page."""
-    return "\n".join([*_head(body), *_quality(body), *_cost(body), *_versions(body), ""])
+    parts = (_head, _quality, _wins, _cost, _versions)
+    return "\n".join([line for part in parts for line in part(body)] + [""])
 
 
 def _head(body: Row) -> Iterator[str]:
@@ -63,6 +64,38 @@ def _kl(row: Row) -> str:
     return f"{row['kl_mean']:.3g} +- {row['kl_error']:.1g}"
 
 
+# What a row has, whether more is better, and how it is said
+FIGURES = (
+    ("decode_tokens_per_s", True, "decodes faster", "{:.0f} against {:.0f} tokens/s"),
+    ("prompt_tokens_per_s", True, "reads prompts faster", "{:.0f} against {:.0f} tokens/s"),
+    ("load_seconds", False, "loads faster", "{:.2f} against {:.2f} s"),
+)
+CLEARLY = 1.1  # times; less is not told apart from noise
+
+
+def _wins(body: Row) -> Iterator[str]:
+    """Where a peer is better, in words."""
+    yield "## Where a peer wins"
+    yield ""
+    for row in body["models"]:
+        mine, name = row["edgekit"], f"{row['tool']} {row['name']}"
+        if winner(row).startswith("**"):
+            yield f"- {name}: better quality at its bytes."
+        for key, more, words, form in FIGURES if mine else ():
+            ratio = row[key] / mine[key] if more else mine[key] / row[key]
+            if ratio >= CLEARLY:
+                yield f"- {name} {words}: {form.format(row[key], mine[key])}."
+    seconds = body["edgekit"]["seconds"]
+    quick = [row for row in body["models"] if row["convert_seconds"] < seconds]
+    if quick:
+        least = min(row["convert_seconds"] for row in quick)
+        yield (
+            f"- One file is made faster than an artifact for all sizes: in {least:.1f} s by "
+            f"{min(quick, key=lambda r: r['convert_seconds'])['tool']}, against {seconds:.1f} s."
+        )
+    yield ""
+
+
 def _cost(body: Row) -> Iterator[str]:
     edge = body["edgekit"]
     yield "## What it takes"
@@ -83,8 +116,10 @@ def _cost(body: Row) -> Iterator[str]:
     yield ""
     yield (
         "Load is from the call to a model ready for tokens, page cache warm. Speeds are medians "
-        "of one run each; all GGUF files run in the same llama.cpp, where differences are those of "
-        "types, and noise."
+        "of one run each, minutes apart; the same file differs by up to 1.4 times between moments "
+        "of a shared machine, so only more than that tells the runtimes apart. All GGUF files run "
+        "in the same llama.cpp, with a float32 cache and without repacking. onnxruntime-genai's "
+        "file holds the embedding in float32."
     )
     yield ""
 

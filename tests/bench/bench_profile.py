@@ -1,0 +1,62 @@
+"""Predictions against measurements: `edgekit profile --measure` on artifacts, as one table.
+
+    python tests/bench/bench_profile.py ARTIFACT... [--context 1024]
+
+Each artifact is tried at five budgets, each in a process of its own, after the machine was probed.
+The speeds at the smallest and the largest budget are fitted, those between are predictions; memory
+is predicted everywhere. On a busy machine give it the processors: `chrt -r 1 python ...`. Prints a
+JSON line last.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from typing import Any
+
+MIB = 1 << 20
+HEADINGS = (
+    "artifact", "budget, MiB", "memory, predicted", "peak, measured", "decode, predicted",
+    "measured", "ratio", "prompt, predicted", "measured", "ratio", "load, s", "resize, s",
+    "back, s",
+)  # fmt: skip
+
+
+def measure(artifact: str, context: int) -> dict[str, Any]:
+    """The data of the profile."""
+    words = [sys.executable, "-m", "edgekit", "profile", artifact, "--measure", "--json"]
+    words += ["--context", str(context), "--device", "pixel-8"]
+    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+    body: dict[str, Any] = json.loads(done.stdout)
+    return body
+
+
+def cells(name: str, check: dict[str, Any]) -> list[str]:
+    """A row; a fitted speed has no ratio."""
+    trial = check["trial"]
+    row = [name, *(f"{trial[key] / MIB:.1f}" for key in ("budget_bytes", "planned_bytes"))]
+    row.append(f"{trial['peak_bytes'] / MIB:.1f}")
+    for key in ("decode_tokens_per_s", "prompt_tokens_per_s"):
+        ratio = "fitted" if check["is_fitted"] else f"{check[key] / trial[key]:.3f}"
+        row += [f"{check[key]:.5g}", f"{trial[key]:.5g}", ratio]
+    times = ("load_seconds", "resize_seconds", "return_seconds")
+    return [*row, *(f"{trial[key]:.2f}" for key in times)]
+
+
+def main() -> None:
+    """Measure, print the table and the line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("artifacts", nargs="+")
+    parser.add_argument("--context", type=int, default=1024)
+    options = parser.parse_args()
+    found = {artifact: measure(artifact, options.context) for artifact in options.artifacts}
+    print("|", " | ".join(HEADINGS), "|")
+    print("|", " | ".join("---" for _ in HEADINGS), "|")
+    for body in found.values():
+        for check in body["measured"]["checks"]:
+            print("|", " | ".join(cells(body["artifact"]["name"], check)), "|")
+    print(json.dumps({name: body["measured"]["checks"] for name, body in found.items()}))
+
+
+if __name__ == "__main__":
+    main()
