@@ -25,6 +25,10 @@ from tiny_artifact import LARGER, make_artifact
 import edgekit
 from edgekit.cli import main
 from edgekit.llama import Sampling
+from edgekit.progress import Silent
+from edgekit.server.ask import text
+from edgekit.server.error import ApiError
+from edgekit.server.worker import MAX_WAITING, Job, Worker
 
 MIB = 1 << 20
 ROOMY = "1GiB"
@@ -375,20 +379,15 @@ def test_metrics_are_prometheus_text(served: Served) -> None:
     assert now["edgekit_tokens_per_second"] > 0 < now["edgekit_depth_bits_per_weight"]
 
 
-def test_too_many_at_once_are_turned_away(served: Served) -> None:
-    fields: dict[str, Any] = {"model": "any", "prompt": "def", "max_tokens": 20}
-
-    def ask(_: int) -> int:
-        try:
-            served.client().completions.create(extra_body=EXACT, **fields)
-        except openai.APIStatusError as error:
-            return error.status_code
-        return 200
-
-    with ThreadPoolExecutor(48) as pool:
-        codes = list(pool.map(ask, range(48)))
-    assert set(codes) == {200, 429} and codes.count(200) >= 32
-    assert is_idle(served)
+def test_too_many_at_once_are_turned_away(session: Any) -> None:
+    """A worker that has not begun; the one over the line is told to come again."""
+    worker = Worker(session, Silent())
+    job = Job(text({"prompt": "def"}), lambda event: None)
+    for _ in range(MAX_WAITING):
+        worker.submit(job)
+    with pytest.raises(ApiError, match="requests wait already; try again later") as caught:
+        worker.submit(job)
+    assert caught.value.status == 429 and worker.n_waiting == MAX_WAITING
 
 
 def test_a_termination_finishes_what_was_asked_and_ends_with_0(artifact: Path) -> None:
