@@ -26,7 +26,7 @@ import edgekit
 from edgekit.cli import main
 from edgekit.llama import Sampling
 from edgekit.progress import Silent
-from edgekit.server.ask import text
+from edgekit.server import ask as asks
 from edgekit.server.error import ApiError
 from edgekit.server.worker import MAX_WAITING, Job, Worker
 
@@ -382,7 +382,7 @@ def test_metrics_are_prometheus_text(served: Served) -> None:
 def test_too_many_at_once_are_turned_away(session: Any) -> None:
     """A worker that has not begun; the one over the line is told to come again."""
     worker = Worker(session, Silent())
-    job = Job(text({"prompt": "def"}), lambda event: None)
+    job = Job(asks.text({"prompt": "def"}), lambda event: None)
     for _ in range(MAX_WAITING):
         worker.submit(job)
     with pytest.raises(ApiError, match="requests wait already; try again later") as caught:
