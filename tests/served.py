@@ -38,7 +38,7 @@ class Served:
 
     def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
         """The official client, without retries."""
-        options = {"max_retries": 0, "timeout": 120} | options
+        options = {"max_retries": 0, "timeout": 300} | options
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **options)
 
     def post(self, path: str, body: Any = None, **options: Any) -> requests.Response:
@@ -65,8 +65,12 @@ class Served:
 def serving(
     artifact: Path, *words: str, start: Start = subprocess.Popen, environment: bool = True
 ) -> Iterator[Served]:
-    """Serve ``artifact`` on a free port; killed at the end if it still runs."""
+    """Serve ``artifact`` on a free port; killed at the end if it still runs.
+
+    One thread, unless ``words`` say otherwise: a second one waits for it on a busy machine.
+    """
     command = [sys.executable, "-m", "edgekit", "serve", str(artifact), "--port", "0", "--json"]
+    command += ["--threads", "1"]
     secrets = {"EDGEKIT_BUDGET_TOKEN": TOKEN} if environment else {}
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -25,6 +25,10 @@ from tiny_artifact import LARGER, make_artifact
 import edgekit
 from edgekit.cli import main
 from edgekit.llama import Sampling
+from edgekit.progress import Silent
+from edgekit.server import ask as asks
+from edgekit.server.error import ApiError
+from edgekit.server.worker import MAX_WAITING, Job, Worker
 
 MIB = 1 << 20
 ROOMY = "1GiB"
@@ -57,7 +61,7 @@ def served(artifact: Path) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def session(artifact: Path) -> Iterator[Any]:
     """The same model in this process: what single runs answer."""
-    with edgekit.load(artifact, 1 << 30, 512, follow=False) as loaded:
+    with edgekit.load(artifact, 1 << 30, 512, n_threads=1, follow=False) as loaded:
         yield loaded
 
 
@@ -74,7 +78,7 @@ def text_of(stream: Any) -> tuple[str, str, Any]:
     return "".join(piece or "" for piece in pieces), reasons[-1], usages[0] if usages else None
 
 
-def wait_for(claim: Any, seconds: float = 20.0) -> None:
+def wait_for(claim: Any, seconds: float = 60.0) -> None:
     until = time.monotonic() + seconds
     while not claim():
         assert time.monotonic() < until, "it did not come true"
@@ -304,7 +308,7 @@ def smallest(served: Served) -> int:
 
 def test_a_lowered_budget_keeps_streams_alive(served: Served) -> None:
     client, least = served.client(), smallest(served)
-    fields: dict[str, Any] = {"model": "any", "max_tokens": 300, "temperature": 0, "stream": True}
+    fields: dict[str, Any] = {"model": "any", "max_tokens": 150, "temperature": 0, "stream": True}
     resizes = 'edgekit_resizes_total{reason="asked"}'
     before = served.metrics().get(resizes, 0)
     with ThreadPoolExecutor(4) as pool:
@@ -324,8 +328,8 @@ def test_a_lowered_budget_keeps_streams_alive(served: Served) -> None:
                 assert sizes[-1] <= budget
         assert sizes[0] < sizes[1] > sizes[2] < sizes[3]
         for stream in streams:
-            text, reason, _ = stream.result(timeout=60)
-            assert reason == "length" and len(text) > 300
+            text, reason, _ = stream.result(timeout=300)
+            assert reason == "length" and len(text) > 150
     assert served.metrics()[resizes] == before + 4
     assert served.resize(ROOMY).status_code == 200
 
@@ -375,20 +379,15 @@ def test_metrics_are_prometheus_text(served: Served) -> None:
     assert now["edgekit_tokens_per_second"] > 0 < now["edgekit_depth_bits_per_weight"]
 
 
-def test_too_many_at_once_are_turned_away(served: Served) -> None:
-    fields: dict[str, Any] = {"model": "any", "prompt": "def", "max_tokens": 60}
-
-    def ask(_: int) -> int:
-        try:
-            served.client().completions.create(extra_body=EXACT, **fields)
-        except openai.APIStatusError as error:
-            return error.status_code
-        return 200
-
-    with ThreadPoolExecutor(48) as pool:
-        codes = list(pool.map(ask, range(48)))
-    assert set(codes) == {200, 429} and codes.count(200) >= 32
-    assert is_idle(served)
+def test_too_many_at_once_are_turned_away(session: Any) -> None:
+    """A worker that has not begun; the one over the line is told to come again."""
+    worker = Worker(session, Silent())
+    job = Job(asks.text({"prompt": "def"}), lambda event: None)
+    for _ in range(MAX_WAITING):
+        worker.submit(job)
+    with pytest.raises(ApiError, match="requests wait already; try again later") as caught:
+        worker.submit(job)
+    assert caught.value.status == 429 and worker.n_waiting == MAX_WAITING
 
 
 def test_a_termination_finishes_what_was_asked_and_ends_with_0(artifact: Path) -> None:
@@ -399,7 +398,7 @@ def test_a_termination_finishes_what_was_asked_and_ends_with_0(artifact: Path) -
         client = served.client()
 
         def ask(word: str) -> tuple[str, str, Any]:
-            fields: dict[str, Any] = {"model": "any", "max_tokens": 300, "extra_body": EXACT}
+            fields: dict[str, Any] = {"model": "any", "max_tokens": 200, "extra_body": EXACT}
             return text_of(client.completions.create(prompt=word, stream=True, **fields))
 
         answers = [pool.submit(ask, word) for word in WORDS[:5]]
@@ -408,8 +407,8 @@ def test_a_termination_finishes_what_was_asked_and_ends_with_0(artifact: Path) -
         time.sleep(0.1)
         with pytest.raises(requests.ConnectionError):
             served.get("/health")
-        assert [answer.result(timeout=60)[1] for answer in answers] == ["length"] * 5
-        assert served.process.wait(timeout=20) == 0
+        assert [answer.result(timeout=300)[1] for answer in answers] == ["length"] * 5
+        assert served.process.wait(timeout=120) == 0
         assert not psutil.pid_exists(served.pid)
         assert "Traceback" not in served.errors.read_text()
 
@@ -426,7 +425,7 @@ def test_a_second_termination_breaks_off_what_was_asked(artifact: Path) -> None:
         for _ in range(2):
             served.process.send_signal(signal.SIGTERM)
             time.sleep(0.2)
-        assert served.process.wait(timeout=20) == 0
+        assert served.process.wait(timeout=120) == 0
         for answer in answers:
             with pytest.raises((openai.APIConnectionError, openai.InternalServerError)):
                 answer.result(timeout=20)
@@ -440,7 +439,7 @@ def test_signals_halve_the_budget_and_bring_it_back(artifact: Path) -> None:
             wait_for(lambda b=budget: served.metrics()["edgekit_budget_bytes"] == b)
         served.process.send_signal(signal.SIGINT)  # the terminal's
         psutil.Process(served.pid).send_signal(signal.SIGINT)
-        assert served.process.wait(timeout=20) == 0
+        assert served.process.wait(timeout=120) == 0
 
 
 def test_a_key_is_asked_for_and_a_token_is_made_and_told(artifact: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from served import Served, serving
 
 import edgekit
 from edgekit.llama import Sampling
+from edgekit.llama.context import default_threads
 from edgekit.sizes import parse_size
 
 MIB = 1 << 20
@@ -103,7 +104,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--times", type=int, default=3)
     options = parser.parse_args()
-    words = ["--budget", options.budget, "--context", str(CONTEXT), "--no-follow"]
+    threads = ["--threads", str(default_threads())]
+    words = [*threads, "--budget", options.budget, "--context", str(CONTEXT), "--no-follow"]
     prompts = [f"{WORDS[i % 15]} {WORDS[i // 15 % 15]} " * 4 for i in range(options.requests)]
     greedy = Sampling(temperature=0, ignore_eos=True)
     budget = parse_size(options.budget)
