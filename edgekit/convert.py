@@ -16,10 +16,10 @@ from edgekit import __version__
 from edgekit.arch import Mapping, SourceTensor, map_checkpoint
 from edgekit.artifact import open_artifact
 from edgekit.checkpoint import Checkpoint
-from edgekit.codecs import CODECS, Codec
+from edgekit.codecs import CODECS
 from edgekit.codecs.chunks import CHUNK_WEIGHTS
 from edgekit.convert_options import Options, check_options
-from edgekit.convert_report import Report, report_of, tier_bytes
+from edgekit.convert_report import Report, report_of
 from edgekit.disk import disk_full_reported, require_free
 from edgekit.encode import Encoder, Task
 from edgekit.errors import EdgekitError, UsageError
@@ -34,7 +34,6 @@ from edgekit.measure import measure
 from edgekit.model_card import write_model_card
 from edgekit.onnx_export import decoder_in, export_onnx, onnx_model, require_onnx
 from edgekit.onnx_part import FOLDER
-from edgekit.planner import resident_bytes
 from edgekit.progress import Progress
 from edgekit.provenance import artifact_name, source_files, statistics_json, tool_versions
 from edgekit.publish import Encoded, move_into_place, publish, write_manifest
@@ -44,7 +43,6 @@ from edgekit.routing.summary import summarize
 from edgekit.routing.trace import read_trace, write_trace
 from edgekit.sensitivity import NO_FISHER, Fisher, read_fisher, write_fisher
 from edgekit.spool import Spool, write_atomically
-from edgekit.stack import SOURCE, Level, Part, Stack
 from edgekit.workers import ENGINES
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: of the K- and IQ-blocks' layouts
@@ -72,7 +70,7 @@ def convert(
         spool.remove()
         progress.note(f"{output} is complete; nothing to resume")
         return report_of(output, started)
-    _require_free_name(output, options)
+    require_free_name(output, options)
     conversion = _Conversion(checkpoint, output, spool, options, progress)
     with disk_full_reported(f"converting to {output}", "make room and repeat with --resume"):
         conversion.run(command)
@@ -90,7 +88,7 @@ def _convert_pruned(
     pruned = place / f"{artifact_name(folder)}-pruned"
     done = options.resume and output.exists() and not place.exists()
     if not done:
-        _require_free_name(output, options)
+        require_free_name(output, options)
         asked = Pruning(options.prune, calibration=options.calibration, resume=options.resume)
         prune(folder, pruned, replace(asked, force=not options.resume), progress, command)
     source = folder if done else pruned
@@ -99,7 +97,12 @@ def _convert_pruned(
     return report
 
 
-def _require_free_name(output: Path, options: Options) -> None:
+def require_free_name(output: Path, options: Options) -> None:
+    """Check that the output may be made.
+
+    Raises:
+        UsageError: It exists and force is off, or is a link.
+    """
     if output.is_symlink() or (output.exists() and not options.force):
         raise UsageError(f"{output} exists; choose another -o, or replace it with --force")
 
@@ -119,7 +122,7 @@ class _Conversion:
         self.options, self.progress = options, progress
         self.mapping: Mapping = map_checkpoint(checkpoint)
         self.has_gguf, self.has_onnx = ("gguf" in options.formats, "onnx" in options.formats)
-        self.metadata = _metadata(checkpoint, self.mapping) if self.has_gguf else {}
+        self.metadata = gguf_metadata(checkpoint, self.mapping) if self.has_gguf else {}
         if self.has_onnx:
             require_onnx()
             decoder_in(checkpoint, self.mapping)  # refused before any work begins
@@ -363,7 +366,8 @@ class _Conversion:
         return manifest
 
 
-def _metadata(checkpoint: Checkpoint, mapping: Mapping) -> dict[str, Value]:
+def gguf_metadata(checkpoint: Checkpoint, mapping: Mapping) -> dict[str, Value]:
+    """All metadata of the base: the architecture\'s, and the tokenizer\'s."""
     tokenizer = tokenizer_metadata(checkpoint.folder, dict(checkpoint.config), mapping.vocab_size)
     version = {"general.quantization_version": u32(QUANTIZATION_VERSION)}
     return dict(mapping.metadata) | version | tokenizer
@@ -385,62 +389,3 @@ def _plain(value: object) -> object:
         stat = value.stat()
         return [str(value.resolve()), stat.st_size, stat.st_mtime_ns]
     return list(value) if isinstance(value, tuple) else value
-
-
-def preview(folder: Path, output: Path, options: Options) -> Report:
-    """What `convert` would make: memory to the byte, the artifact's size estimated.
-
-    Raises:
-        UsageError: Besides what `convert` raises: it is to prune first.
-    """
-    check_options(options)
-    if options.prune:
-        raise UsageError(
-            "what --prune leaves is measured, not foreseen; see edgekit prune --dry-run, or leave "
-            "one of --prune and --dry-run out"
-        )
-    checkpoint = Checkpoint.open(folder)
-    _require_free_name(output, options)
-    mapping = map_checkpoint(checkpoint)
-    if "gguf" not in options.formats:
-        return _preview_onnx(checkpoint, mapping, output)
-    _metadata(checkpoint, mapping)
-    codec = CODECS[options.codec]
-    stacks = [_empty_stack(tensor, codec, options.tiers) for tensor in mapping.tensors]
-    base = sum(resident_bytes(stack, stack.tiers[0]) for stack in stacks)
-    source = sum(checkpoint.files.values())
-    return Report(
-        artifact=str(output),
-        source_bytes=source,
-        base_bytes=base,
-        levels_bytes=int(codec.size_bound(options.tiers) * source) - base,
-        artifact_bytes=int(codec.size_bound(options.tiers) * source),
-        tiers=tier_bytes(stacks, options.tiers),
-        n_tensors=len(stacks),
-        seconds=0.0,
-    )
-
-
-def _preview_onnx(checkpoint: Checkpoint, mapping: Mapping, output: Path) -> Report:
-    """Of an artifact for ONNX Runtime alone: 8 bits per weight and three scales per block."""
-    decoder_in(checkpoint, mapping)
-    n_weights = sum(t.n_weights for t in mapping.tensors if t.quantizable)
-    source = sum(checkpoint.files.values())
-    size = round(n_weights * (8 + 0.75) / 8)
-    return Report(str(output), source, 0, 0, size, {}, len(mapping.tensors), 0.0)
-
-
-def _empty_stack(tensor: SourceTensor, codec: Codec, tiers: Sequence[str]) -> Stack:
-    """A stack whose levels have no bytes yet."""
-    chain = codec.chain_of(tensor, tiers, True)
-    parents = (None, *chain)
-    levels = (
-        Level(tensor.name, t, p, "", (Part(0, 0, ""),), 0.0, _type_of(codec, t, tensor.cols))
-        for t, p in zip(chain, parents, strict=False)
-    )
-    return Stack(tensor.name, tensor.shape, tensor.source_type, tuple(levels))
-
-
-def _type_of(codec: Codec, tier: str, cols: int) -> str:
-    kind = SOURCE if tier == SOURCE else codec.expected_type(tier, cols)
-    return "" if kind == tier else kind

@@ -13,7 +13,8 @@ from edgekit.errors import UnknownNameError, UsageError
 from edgekit.llama import system_info
 from edgekit.onnx_session import OnnxSettings, load_onnx
 from edgekit.progress import Progress, Silent
-from edgekit.session import Session, Wish
+from edgekit.session import Session
+from edgekit.wish import Wish
 
 RUNTIMES = ("llama", "onnx")
 

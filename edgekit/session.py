@@ -38,41 +38,14 @@ from edgekit.llama import (
 from edgekit.manifest import Json
 from edgekit.paging import PagingStats
 from edgekit.plan import Plan, plan_json, with_repacking
-from edgekit.sizes import format_size
+from edgekit.shortage import shortage_watch
 from edgekit.surrender import surrender
+from edgekit.wish import Wish
 
 LARGE_HOST = 1.25  # times what edgekit alone holds: from there on the caller's own bytes count
 POLL_SECONDS = 0.05  # between two looks at memory pressure
-WATCH_SECONDS = 0.02  # the same while weights come in
-SHORTAGE = 0.95  # of what is still to come; less that is free ends a load
 PATIENCE_SECONDS = 60.0  # an unloaded model waits so long for memory to come back
 Told = Callable[[EdgekitError | None], None]  # how a request for another budget ended
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a session is asked for.
-
-    Attributes:
-        budget: Bytes the process may hold; ``None`` takes what is free.
-        context: Tokens; ``None`` takes 4096 or the model's own, whichever is less.
-        kv_type: Type of the KV cache.
-        follow: Change depth as memory pressure asks for.
-        repack: Let llama.cpp lay weights out for its fastest kernels where that fits the budget.
-        besides: Bytes that the caller will take besides the model, within the budget.
-        expert_cache: Resident experts per layer; ``None`` keeps all where they fit, else as many as
-            fit.
-        pager: Experts may be read when they are chosen; False keeps all resident.
-    """
-
-    budget: int | None = None
-    context: int | None = None
-    kv_type: str = "f16"
-    follow: bool = True
-    repack: bool = False
-    besides: int = 0
-    expert_cache: int | None = None
-    pager: bool = True
 
 
 @dataclass(frozen=True)
@@ -364,30 +337,12 @@ class Session:
         if is_loaded and replace(self.plan, budget_bytes=plan.budget_bytes) == plan:
             return
         try:
-            self._switch(plan, "pressure", self._shortage_watch(plan))
+            self._switch(plan, "pressure", shortage_watch(plan.total_bytes - self._held))
         except MemoryShortError:  # the next look finds what fits now
             if is_loaded:
                 self.changes.append(Change("pressure", total, 0, 0, 0.0))
             return
         governor.changed(self.changes[-1].seconds)
-
-    def _shortage_watch(self, plan: Plan) -> Watch:
-        """Ends a load when less memory is free than is still to come."""
-        last, rest = 0.0, plan.total_bytes - self._held
-
-        def watch(n_bytes: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if now - last < WATCH_SECONDS:
-                return
-            last, free = now, read_pressure().free_bytes
-            if free < SHORTAGE * (rest - n_bytes):
-                raise MemoryShortError(
-                    f"{format_size(rest - n_bytes)} are still to be loaded, {format_size(free)} "
-                    "are free"
-                )
-
-        return watch
 
     def _plan_within(self, budgets: Sequence[int], used: int) -> Plan:
         """What to load: within the first of ``budgets`` that anything fits.

@@ -15,7 +15,8 @@ from edgekit.artifact import Artifact, open_artifact, verify
 from edgekit.assembly import Assembly
 from edgekit.checkpoint import Checkpoint
 from edgekit.codecs.bitstack import SHARE, best_exponent, chain_of, check_tiers
-from edgekit.convert import convert, preview
+from edgekit.convert import convert
+from edgekit.convert_preview import preview
 from edgekit.errors import RefusedError, UsageError
 from edgekit.exporters.gguf import read_header, tensor_offsets
 from edgekit.kernels import ggml

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,12 @@ def lowest(session: Session) -> int:
 
 def text(session: Session, n: int = 40, prompt: str = "The quick brown") -> str:
     return "".join(session.generate(prompt, n, WARM))
+
+
+def read(monkeypatch: pytest.MonkeyPatch, look: Callable[[], Reading]) -> None:
+    """What both of those that look at memory see."""
+    for name in ("session", "shortage"):
+        monkeypatch.setattr(f"edgekit.{name}.read_pressure", look)
 
 
 def test_a_conversation_through_two_depths_goes_on_bit_for_bit(artifact: Path) -> None:
@@ -215,12 +221,12 @@ def test_when_nothing_fits_the_model_goes_and_the_conversation_waits(
     monkeypatch.setattr(
         "edgekit.governor.Governor.reserve", lambda self, n: 4 * n if n < ROOMY else n // 8
     )
-    monkeypatch.setattr("edgekit.session.read_pressure", lambda: Reading(4 << 30))
+    read(monkeypatch, lambda: Reading(4 << 30))
     with edgekit.load(artifact, budget=ROOMY, context=512) as session:
         total = session.plan.total_bytes
         generation = session.generate("The quick brown", 30, WARM)
         pieces = [next(generation.pieces)]
-        monkeypatch.setattr("edgekit.session.read_pressure", lambda: next(readings))
+        read(monkeypatch, lambda: next(readings))
         session._polled = 0.0
         pieces += generation.pieces
         assert len(generation.ids) == 30
@@ -233,13 +239,13 @@ def test_memory_that_goes_while_a_depth_loads_ends_the_load(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The load that pressure began is given up half-way; what fits then is loaded instead."""
-    monkeypatch.setattr("edgekit.session.WATCH_SECONDS", 0.0)
+    monkeypatch.setattr("edgekit.shortage.WATCH_SECONDS", 0.0)
     monkeypatch.setattr("edgekit.governor.Governor.reserve", lambda self, n: n // 3)
     with edgekit.load(artifact, budget=ROOMY, context=512) as session:
         ids = session.model.tokenize("The quick brown fox")
         session.context.decode(ids)
         looks = iter([Reading(1 << 30)] * 3 + [Reading(1 * MIB)] + [Reading(4 << 30)] * 10_000)
-        monkeypatch.setattr("edgekit.session.read_pressure", lambda: next(looks))
+        read(monkeypatch, lambda: next(looks))
         session.adapt(reading=Reading(0), need=10)
         assert [c.after_bytes for c in session.changes] == [0, session.plan.total_bytes]
         assert session.context.tokens == ids
@@ -252,7 +258,7 @@ def test_memory_that_never_comes_back_ends_with_one_line(
     monkeypatch.setattr("edgekit.session.PATIENCE_SECONDS", 0.2)
     with edgekit.load(artifact, budget=ROOMY, context=512) as session:
         monkeypatch.setattr("edgekit.governor.Governor.reserve", lambda self, n: 4 * n)
-        monkeypatch.setattr("edgekit.session.read_pressure", lambda: Reading(0))
+        read(monkeypatch, lambda: Reading(0))
         assert not session.is_given_up
         with pytest.raises(DoesNotFitError, match=r"memory did not come back in 0 s"):
             session.adapt(reading=Reading(0))

@@ -125,8 +125,9 @@ def convert(
         edgekit convert ./Llama-3.2-1B -o llama-edge --format onnx --no-calibration
     """
     from edgekit.codecs import CODECS
-    from edgekit.convert import convert, preview
+    from edgekit.convert import convert
     from edgekit.convert_options import Options
+    from edgekit.convert_preview import preview
 
     if sum((calibration is not None, imatrix is not None, no_calibration)) > 1:
         raise UsageError(

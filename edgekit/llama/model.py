@@ -7,7 +7,6 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -18,6 +17,7 @@ from edgekit.exporters.normalizers import TextNormalizer
 from edgekit.llama.binding import LOG, binding
 from edgekit.llama.expert_memory import ExpertMemory
 from edgekit.llama.stream import CookieFile, VirtualFile, has_fopencookie
+from edgekit.llama.vocab import vocab_of
 
 Residency = Literal["mapped", "anon"]
 Progress = Callable[[float], None]
@@ -33,18 +33,6 @@ class Closable(Protocol):
     def close(self) -> None:
         """Give everything back; twice is once."""
         ...
-
-
-@dataclass(frozen=True)
-class Vocab:
-    """Facts of the vocabulary; a token id is ``None`` where the model has no such token."""
-
-    n_tokens: int
-    bos: int | None
-    eos: int | None
-    eot: int | None
-    adds_bos: bool
-    adds_eos: bool
 
 
 class Model:
@@ -65,7 +53,7 @@ class Model:
         self.header = header
         self._normalized = TextNormalizer(header.metadata)
         self._vocab = lib.llama_model_get_vocab(handle)
-        self.vocab = _vocab_facts(lib, self._vocab)
+        self.vocab = vocab_of(lib, self._vocab)
         self.weights_bytes = int(lib.llama_model_size(handle))
         self.n_parameters = int(lib.llama_model_n_params(handle))
         self.n_ctx_train = int(lib.llama_model_n_ctx_train(handle))
@@ -379,20 +367,6 @@ def _check_whole(source: Path | VirtualFile, header: Gguf) -> None:
         raise UnsupportedError(
             f"{name} is one of {parts} parts of a model; join them with llama-gguf-split --merge"
         )
-
-
-def _vocab_facts(lib: Any, vocab: int) -> Vocab:
-    def token(number: int) -> int | None:
-        return None if number < 0 else int(number)
-
-    return Vocab(
-        n_tokens=int(lib.llama_vocab_n_tokens(vocab)),
-        bos=token(lib.llama_vocab_bos(vocab)),
-        eos=token(lib.llama_vocab_eos(vocab)),
-        eot=token(lib.llama_vocab_eot(vocab)),
-        adds_bos=bool(lib.llama_vocab_get_add_bos(vocab)),
-        adds_eos=bool(lib.llama_vocab_get_add_eos(vocab)),
-    )
 
 
 def opened(source: "Path | VirtualFile | Model") -> contextlib.AbstractContextManager[Model]:

@@ -1,0 +1,74 @@
+"""``edgekit convert --dry-run``: what a conversion would write, told without writing it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgekit.arch import Mapping, SourceTensor, map_checkpoint
+from edgekit.checkpoint import Checkpoint
+from edgekit.codecs import CODECS, Codec
+from edgekit.convert import gguf_metadata, require_free_name
+from edgekit.convert_options import Options, check_options
+from edgekit.convert_report import Report, tier_bytes
+from edgekit.errors import UsageError
+from edgekit.onnx_export import decoder_in
+from edgekit.planner import resident_bytes
+from edgekit.stack import SOURCE, Level, Part, Stack
+
+
+def preview(folder: Path, output: Path, options: Options) -> Report:
+    """What `convert` would make: memory to the byte, the artifact's size estimated.
+
+    Raises:
+        UsageError: Besides what `convert` raises: it is to prune first.
+    """
+    check_options(options)
+    if options.prune:
+        raise UsageError(
+            "what --prune leaves is measured, not foreseen; see edgekit prune --dry-run, or leave "
+            "one of --prune and --dry-run out"
+        )
+    checkpoint = Checkpoint.open(folder)
+    require_free_name(output, options)
+    mapping = map_checkpoint(checkpoint)
+    if "gguf" not in options.formats:
+        return _preview_onnx(checkpoint, mapping, output)
+    gguf_metadata(checkpoint, mapping)
+    codec = CODECS[options.codec]
+    stacks = [_empty_stack(tensor, codec, options.tiers) for tensor in mapping.tensors]
+    base = sum(resident_bytes(stack, stack.tiers[0]) for stack in stacks)
+    source = sum(checkpoint.files.values())
+    return Report(
+        artifact=str(output),
+        source_bytes=source,
+        base_bytes=base,
+        levels_bytes=int(codec.size_bound(options.tiers) * source) - base,
+        artifact_bytes=int(codec.size_bound(options.tiers) * source),
+        tiers=tier_bytes(stacks, options.tiers),
+        n_tensors=len(stacks),
+        seconds=0.0,
+    )
+
+
+def _preview_onnx(checkpoint: Checkpoint, mapping: Mapping, output: Path) -> Report:
+    """Of an artifact for ONNX Runtime alone: 8 bits per weight and three scales per block."""
+    decoder_in(checkpoint, mapping)
+    n_weights = sum(t.n_weights for t in mapping.tensors if t.quantizable)
+    source = sum(checkpoint.files.values())
+    size = round(n_weights * (8 + 0.75) / 8)
+    return Report(str(output), source, 0, 0, size, {}, len(mapping.tensors), 0.0)
+
+
+def _empty_stack(tensor: SourceTensor, codec: Codec, tiers: Sequence[str]) -> Stack:
+    """A stack whose levels have no bytes yet."""
+    chain = codec.chain_of(tensor, tiers, True)
+    parents = (None, *chain)
+    levels = (
+        Level(tensor.name, t, p, "", (Part(0, 0, ""),), 0.0, _type_of(codec, t, tensor.cols))
+        for t, p in zip(chain, parents, strict=False)
+    )
+    return Stack(tensor.name, tensor.shape, tensor.source_type, tuple(levels))
+
+
+def _type_of(codec: Codec, tier: str, cols: int) -> str:
+    kind = SOURCE if tier == SOURCE else codec.expected_type(tier, cols)
+    return "" if kind == tier else kind
