@@ -11,7 +11,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,7 @@ DEEP, SHALLOW = small_shape(COMMON, 24), small_shape(COMMON)
 class Timing:
     """Seconds of one model: of a token at the start, behind many others, of a prompt.
 
-    Medians, but of few prompts the least: whatever else the machine does only adds.
+    Medians of the least disturbed stretch: whatever else the machine does only adds.
     """
 
     token: float
@@ -240,7 +240,13 @@ def _time(shape: ProbeShape, threads: int) -> Timing:
         if shape == DEEP:
             c.decode(ids[: CONTEXT - len(c.tokens) - N_DECODES])
             late = [_seconds(lambda: c.decode(ids[:1])) for _ in range(N_DECODES)]
-    return Timing(statistics.median(tokens), statistics.median(late), min(prompts[1:]))
+    return Timing(_least_disturbed(tokens), _least_disturbed(late), min(prompts[1:]))
+
+
+def _least_disturbed(seconds: Sequence[float]) -> float:
+    """The least median of a few stretches."""
+    n = max(1, len(seconds) // REPEATS)
+    return min(statistics.median(seconds[i : i + n]) for i in range(0, len(seconds) - n + 1, n))
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -1,14 +1,15 @@
 """Budgets tried on this machine, beside what was predicted for them: `edgekit profile --measure`.
 
-The machine is probed first: its profile predicts what weights and attention cost. What a token of
-this model costs beyond that (norms, routing, small matrices) is measured at the smallest and at the
-largest budget: ``seconds = share * predicted + cost``, the share 1 for prompts. The budgets between
-are predictions.
+The machine is probed first: its profile predicts what weights, layers and attention cost. How much
+more a token of this model takes (routing, small matrices, a machine in another mood) is one factor:
+the median of the other budgets' measured over predicted seconds. So no budget's own timing is in
+its prediction.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 
 from edgekit.catalog import Catalog
 from edgekit.devices.profile import Device
@@ -19,7 +20,6 @@ from edgekit.speed import prompt_seconds, token_seconds, work_of
 from edgekit.trial import N_PROMPT, N_TOKENS, Trial, try_budget
 
 N_TRIALS, N_ROUNDS = 5, 2
-LEAST_SPAN = 0.05  # of predictions; below, timings differ by more than what was to be told apart
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,11 @@ class Check:
 
     Attributes:
         trial: What was measured.
-        is_fitted: The speeds of this row were used to predict those between.
         decode_tokens_per_s: Predicted.
         prompt_tokens_per_s: Predicted.
     """
 
     trial: Trial
-    is_fitted: bool
     decode_tokens_per_s: float
     prompt_tokens_per_s: float
 
@@ -86,31 +84,19 @@ def _tried(folder: Path, plan: Plan, chosen: Sequence[Plan]) -> Trial:
 def checks(
     catalog: Catalog, plans: Sequence[Plan], trials: Sequence[Trial], device: Device
 ) -> list[Check]:
-    """Predictions beside ``trials``; the first and the last one are fitted."""
+    """Predictions beside ``trials``, each from the device's profile and the other trials."""
     predicted = [_seconds(catalog, plan, device) for plan in plans]
-    decode = _fitted([t for t, _ in predicted], [1 / t.decode_tokens_per_s for t in trials])
-    prompt = _shifted([p for _, p in predicted], [1 / t.prompt_tokens_per_s for t in trials])
-    ends = (0, len(trials) - 1)
-    rows = enumerate(zip(trials, decode, prompt, strict=True))
-    return [Check(trial, i in ends, 1 / token, 1 / read) for i, (trial, token, read) in rows]
+    decode = _left_out([t for t, _ in predicted], [1 / t.decode_tokens_per_s for t in trials])
+    prompt = _left_out([p for _, p in predicted], [1 / t.prompt_tokens_per_s for t in trials])
+    rows = zip(trials, decode, prompt, strict=True)
+    return [Check(trial, 1 / token, 1 / read) for trial, token, read in rows]
 
 
-def _fitted(predicted: Sequence[float], measured: Sequence[float]) -> list[float]:
-    """Seconds for every row, with the share and the cost that make the first and last ones true.
-
-    Where predictions differ by less than noise, or timings the other way, the share is 1.
-    """
-    span = predicted[-1] - predicted[0]
-    is_wide = abs(span) > LEAST_SPAN * predicted[0]
-    share = (measured[-1] - measured[0]) / span if is_wide else 1.0
-    share = share if 0 < share < 2 else 1.0
-    return _shifted([share * p for p in predicted], measured)
-
-
-def _shifted(predicted: Sequence[float], measured: Sequence[float]) -> list[float]:
-    """Seconds for every row, plus the cost that the first and last ones lack, in the mean."""
-    cost = sum(measured[i] - predicted[i] for i in (0, -1)) / 2
-    return [max(p + cost, p / 10) for p in predicted]
+def _left_out(predicted: Sequence[float], measured: Sequence[float]) -> list[float]:
+    """Seconds for every row, with the factor that the other rows tell; 1 where there are none."""
+    ratios = [m / p for m, p in zip(measured, predicted, strict=True)]
+    others = [[*ratios[:i], *ratios[i + 1 :]] or [1.0] for i in range(len(ratios))]
+    return [p * median(factors) for p, factors in zip(predicted, others, strict=True)]
 
 
 def _seconds(catalog: Catalog, plan: Plan, device: Device) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from edgekit.profile import profile, read_peers
 from edgekit.report import page, plots, render
 from edgekit.report.numbers import split, value_at, written
 from edgekit.trial import Trial
-from edgekit.trials import checks, least_disturbed
+from edgekit.trials import _seconds, checks, least_disturbed
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "<script>alert(1)</script>&\"'"
@@ -216,28 +216,28 @@ def test_experts_are_drawn_where_the_manifest_tells_of_them(llama_artifact, tmp_
     assert profile(llama_artifact, []).experts == {}
 
 
-def test_predictions_between_the_fitted_ends_are_exact_where_costs_are_linear(artifact):
+def test_a_prediction_takes_one_factor_from_the_other_budgets_and_nothing_from_its_own(artifact):
     catalog, device = open_catalog(artifact), find_device("pixel-8")
-    plans = [
-        plan_budget(catalog, row.budget_bytes, 512)
-        for row in profile(artifact, [], context=512).budgets[::5]
-    ]
-    from edgekit.trials import _seconds
-
+    rows = profile(artifact, [], context=512).budgets[::4]
+    plans = [plan_budget(catalog, row.budget_bytes, 512) for row in rows]
     seconds = [_seconds(catalog, plan, device) for plan in plans]
     trials = [
         replace(
             trial(plan.budget_bytes or 0, 1.0),
-            decode_tokens_per_s=1 / (1.5 * token + 3e-4),
-            prompt_tokens_per_s=1 / (prompt + 2e-5),
+            decode_tokens_per_s=1 / (1.5 * token),
+            prompt_tokens_per_s=1 / (0.8 * prompt),
         )
         for plan, (token, prompt) in zip(plans, seconds, strict=True)
     ]
+    rates = [t.decode_tokens_per_s for t in trials]
+    trials[1] = replace(trials[1], decode_tokens_per_s=7.0)  # disturbed
     found = checks(catalog, plans, trials, device)
-    assert [c.is_fitted for c in found] == [True, *[False] * (len(plans) - 2), True]
-    for check in found:
-        assert check.decode_tokens_per_s == pytest.approx(check.trial.decode_tokens_per_s)
-        assert check.prompt_tokens_per_s == pytest.approx(check.trial.prompt_tokens_per_s)
+    assert [c.decode_tokens_per_s for c in found] == pytest.approx(rates)
+    assert [c.prompt_tokens_per_s for c in found] == pytest.approx(
+        [t.prompt_tokens_per_s for t in trials]
+    )
+    alone = checks(catalog, plans[:1], trials[:1], device)  # nothing to take a factor from
+    assert alone[0].decode_tokens_per_s == pytest.approx(1 / seconds[0][0])
 
 
 def test_of_two_rounds_the_less_disturbed_counts():

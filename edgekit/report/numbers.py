@@ -27,7 +27,6 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "share": lambda value: f"{100 * value:.3g} %",
     "speed": lambda value: f"{_significant(value / 1e9)} GB/s",
     "text": str,
-    "flag": lambda value: "yes" if value else "no",
 }
 MISSING = "-"  # where the JSON says null
 

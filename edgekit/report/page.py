@@ -281,7 +281,6 @@ def _trials(body: Json) -> Section | None:
         ("resized to", "trial/resize_bytes", "size"),
         ("in, measured", "trial/resize_seconds", "seconds"),
         ("and back, measured", "trial/return_seconds", "seconds"),
-        ("speeds fitted here", "is_fitted", "flag"),
     ]
     table = _rows(("measured", "checks"), len(body["measured"]["checks"]), columns)
     figures = (("Predicted and measured", figure),)

@@ -23,6 +23,7 @@ INK, GRID, LINE, ACCENT = "#010101", "#010102", "#010103", "#010104"
 SERIES = tuple(f"#0102{i:02d}" for i in range(8))
 STEPS = tuple(f"#0103{i:02d}" for i in range(8))  # few to many bits per weight
 PARTS = {"kv": "#010401", "compute": "#010402", "overhead": "#010403"}
+PEERS = (1, 3, 4, 5, 7)  # of SERIES: those that are not our own line's blue
 STEP_BITS = (3, 4, 5, 6, 7, 9, 17)  # a weight of fewer bits than these has that step
 STYLE: Any = {  # matplotlib types it as a dictionary of its own names
     "svg.fonttype": "none",
@@ -86,7 +87,7 @@ def quality(body: Json) -> Figure | None:
         first = next(k for k, other in enumerate(body["peers"]) if other["tool"] == row["tool"])
         label = row["tool"] if i == first else None
         point = (row["weights_bytes"] / MIB, max(row["kl_mean"], LEAST_KL))
-        colour, marker = SERIES[1 + which % 7], "sD^vP*X"[which % 7]
+        colour, marker = SERIES[PEERS[which % len(PEERS)]], "sD^vP"[which % len(PEERS)]
         axes.plot(*point, marker, color=colour, markersize=6, label=label, gid=f"at:peers/{i}")
     axes.set_yscale("log")
     axes.legend(loc="upper right")

@@ -3,8 +3,8 @@
     python tests/bench/bench_profile.py ARTIFACT... [--context 1024]
 
 Each artifact is tried at five budgets, each in a process of its own, after the machine was probed.
-The speeds at the smallest and the largest budget are fitted, those between are predictions; memory
-is predicted everywhere. On a busy machine give it the processors: `chrt -r 1 python ...`. Prints a
+A speed is predicted from the machine's profile and the other budgets' timings, memory from the plan
+alone. On a busy machine give it the processors: `chrt -r 1 python ...`. Prints a
 JSON line last.
 """
 
@@ -32,13 +32,12 @@ def measure(artifact: str, context: int) -> dict[str, Any]:
 
 
 def cells(name: str, check: dict[str, Any]) -> list[str]:
-    """A row; a fitted speed has no ratio."""
+    """A row."""
     trial = check["trial"]
     row = [name, *(f"{trial[key] / MIB:.1f}" for key in ("budget_bytes", "planned_bytes"))]
     row.append(f"{trial['peak_bytes'] / MIB:.1f}")
     for key in ("decode_tokens_per_s", "prompt_tokens_per_s"):
-        ratio = "fitted" if check["is_fitted"] else f"{check[key] / trial[key]:.3f}"
-        row += [f"{check[key]:.5g}", f"{trial[key]:.5g}", ratio]
+        row += [f"{check[key]:.5g}", f"{trial[key]:.5g}", f"{check[key] / trial[key]:.3f}"]
     times = ("load_seconds", "resize_seconds", "return_seconds")
     return [*row, *(f"{trial[key]:.2f}" for key in times)]
 
