@@ -12,7 +12,7 @@ from edgekit.arch import Mapping, SourceTensor, map_checkpoint
 from edgekit.checkpoint import Checkpoint
 from edgekit.codecs import CODECS
 from edgekit.codecs.chunks import CHUNK_WEIGHTS
-from edgekit.codecs.job import Job
+from edgekit.codecs.job import InOrder, Job
 from edgekit.imatrix import Imatrix, read_imatrix
 from edgekit.sensitivity import HEAD, NO_FISHER, Fisher, prior_sensitivity, read_fisher
 from edgekit.spool import Spool
@@ -53,15 +53,15 @@ class Encoder:
         self._spool = Spool(task.spool)
         self._is_tied = all(tensor.name != HEAD for tensor in mapping.tensors)
 
-    def encode(self, index: int) -> None:
-        """Write data and record of tensor ``index`` into the spool.
+    def encode(self, index: int, in_order: InOrder) -> None:
+        """Write data and record of tensor ``index`` into the spool; ``in_order`` runs its chunks.
 
         Raises:
             RefusedError: A weight is NaN or infinite.
         """
         tensor = self._mapping.tensors[index]
         with self._spool.writing(index) as file:
-            record = CODECS[self._task.codec].encode(tensor, self._job(tensor), file)
+            record = CODECS[self._task.codec].encode(tensor, self._job(tensor), file, in_order)
         self._spool.commit(index, record)
 
     def _job(self, tensor: SourceTensor) -> Job:

@@ -7,10 +7,15 @@ so that order, place and repetition of a job change nothing in it.
 
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from functools import partial
+from itertools import islice
 from typing import Any
 
+from edgekit.codecs import CODECS
+from edgekit.codecs.job import InOrder, one_by_one
 from edgekit.encode import Encoder, Task, open_encoder
 from edgekit.errors import EdgekitError
 
@@ -19,10 +24,10 @@ RETRIES = 5  # of a job whose worker is lost
 Engine = Callable[[Encoder, Task, Sequence[int], int, str | None], Iterator[int]]
 
 
-def encode_alone(encoder: Encoder, index: int) -> int:
+def encode_alone(encoder: Encoder, index: int, in_order: InOrder = one_by_one) -> int:
     """Encode a tensor with one thread of the linear algebra: its sums depend on their number."""
     with _limits:
-        encoder.encode(index)
+        encoder.encode(index, in_order)
     return index
 
 
@@ -64,12 +69,29 @@ def run_local(
     encoder: Encoder, task: Task, indices: Sequence[int], n_jobs: int, address: str | None
 ) -> Iterator[int]:
     """Run on ``n_jobs`` threads of this process."""
-    pool = ThreadPoolExecutor(n_jobs)
+    pool = ThreadPoolExecutor(CODECS[task.codec].tensors_at_once or n_jobs)
+    chunks = ThreadPoolExecutor(n_jobs)
+    run = partial(encode_alone, encoder, in_order=partial(_in_order, chunks, 2 * n_jobs))
     try:
-        for done in as_completed([pool.submit(encode_alone, encoder, i) for i in indices]):
+        for done in as_completed([pool.submit(run, index) for index in indices]):
             yield done.result()
     finally:
         pool.shutdown(cancel_futures=True)
+        chunks.shutdown(cancel_futures=True)
+
+
+def _in_order(pool: Executor, n_ahead: int, tasks: Iterable[Callable[[], Any]]) -> Iterator[Any]:
+    """Run tasks on a pool, some ahead of the one that is yielded: that bounds memory."""
+    todo = iter(tasks)
+    running: deque[Future[Any]] = deque(pool.submit(task) for task in islice(todo, n_ahead))
+    try:
+        while running:
+            result = running.popleft().result()
+            running.extend(pool.submit(task) for task in islice(todo, 1))
+            yield result
+    finally:
+        for future in running:
+            future.cancel()
 
 
 def run_on_ray(

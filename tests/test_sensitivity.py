@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 from edgekit.arch import map_checkpoint
 from edgekit.checkpoint import Checkpoint
 from edgekit.codecs import CODECS
-from edgekit.codecs.job import Job
+from edgekit.codecs.job import Job, one_by_one
 from edgekit.convert import convert
 from edgekit.convert_options import Options
 from edgekit.devices.memory import FreeMemory
@@ -146,7 +146,7 @@ def test_losses_of_a_tensor_are_those_of_ggufs_own_values(tmp_path: Path) -> Non
     random, (rows, cols) = np.random.default_rng(2), tensor.shape
     sensitivity = Sensitivity(random.random(rows, np.float32), random.random((1, cols), np.float32))
     job = Job(("Q5_0", "Q8_0", "source"), 64 * cols, None, sensitivity)
-    record = CODECS["nested"].encode(tensor, job, BytesIO())
+    record = CODECS["nested"].encode(tensor, job, BytesIO(), one_by_one)
     source = tensor.rows().view(np.float32)
     for tier, loss in zip(record.tiers, record.losses, strict=True):
         kept = source

@@ -66,7 +66,7 @@ def test_a_job_done_twice_at_once_is_done_once(checkpoint, tmp_path):
 
 def test_the_first_error_of_a_job_ends_the_conversion(checkpoint, tmp_path):
     class Broken:
-        def encode(self, index: int) -> None:
+        def encode(self, index: int, in_order: object) -> None:
             raise RefusedError("tensor has NaN")
 
     with pytest.raises(RefusedError, match="has NaN"):

@@ -26,6 +26,7 @@ from edgekit.codecs.chunks import frame, row_ranges, split_frames
 from edgekit.codecs.job import (
     Chunk,
     Codec,
+    InOrder,
     Job,
     Opened,
     Source,
@@ -136,8 +137,11 @@ def size_bound(tiers: Sequence[str]) -> float:
     return (base + 1.7 * (len(tiers) - 1) + (8 if SOURCE in tiers else 0)) / 16
 
 
-def encode(source: Source, job: Job, file: BinaryIO) -> TensorRecord:
-    """Write all levels of ``source`` to ``file``, expert after expert; see `Codec.encode`."""
+def encode(source: Source, job: Job, file: BinaryIO, in_order: InOrder) -> TensorRecord:
+    """Write all levels of ``source`` to ``file``, expert after expert; see `Codec.encode`.
+
+    Each expert is one chunk, and runs on the calling thread.
+    """
     chain = chain_of(source, job.tiers, job.imatrix is not None)
     n_experts, kinds = n_experts_of(source), _kinds(source)
     steps = [tier for tier in chain if _step(tier)]
@@ -362,6 +366,7 @@ BITSTACK = Codec(
     expected_type=expected_type,
     size_bound=size_bound,
     encode=encode,
+    tensors_at_once=0,
     gives=gives,
     open=open_part,
     decode=decode,

@@ -1,8 +1,8 @@
 """What a codec is given: a tensor to encode and how, or a piece of one to decode."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +80,7 @@ class Chunk:
         return (self.stop - self.start) * row_bytes(kind, self.stack.cols)
 
 
+InOrder = Callable[[Iterable[Callable[[], Any]]], Iterator[Any]]  # runs tasks, yields in order
 Opened = Callable[[int], object]  # depth of a level -> what `Codec.open` made of its part
 
 
@@ -96,8 +97,11 @@ class Codec:
         expected_type: ggml type that rows of so many columns most often have at a tier of their
             chain; for previews.
         size_bound: Most bytes of an artifact with these tiers, over those of a BF16 checkpoint.
-        encode: Writes all levels of a tensor to a file, expert after expert, chunk after chunk.
-            Raises `RefusedError` where a weight is NaN or infinite.
+        encode: Writes all levels of a tensor to a file, expert after expert, chunk after chunk;
+            chunks may run on other threads. Raises `RefusedError` where a weight is NaN or
+            infinite.
+        tensors_at_once: Where a tensor's chunks keep all threads busy, how many tensors are begun
+            together; 0: one per thread.
         gives: Whether this codec can have written a level of a stack that is not its base.
         open: Prepares a level's part, ``part, stack, depth, chunks``; `RefusedError` where it is
             corrupt.
@@ -112,11 +116,17 @@ class Codec:
     chain_of: Callable[[Source, Sequence[str], bool], tuple[str, ...]]
     expected_type: Callable[[str, int], str]
     size_bound: Callable[[Sequence[str]], float]
-    encode: Callable[[Source, Job, BinaryIO], TensorRecord]
+    encode: Callable[[Source, Job, BinaryIO, InOrder], TensorRecord]
+    tensors_at_once: int
     gives: Callable[[Stack, Level], bool]
     open: Callable[[memoryview, Stack, int, int], object]
     decode: Callable[[Chunk, Opened], ByteArray]
     held: Callable[[Stack, int], tuple[int, ...]]
+
+
+def one_by_one(tasks: Iterable[Callable[[], Any]]) -> Iterator[Any]:
+    """Run tasks on this thread."""
+    return (task() for task in tasks)
 
 
 def n_experts_of(source: Source) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO
 
 import numpy as np
@@ -11,6 +12,7 @@ from edgekit.codecs.chunks import frame, row_ranges, split_frames
 from edgekit.codecs.job import (
     Chunk,
     Codec,
+    InOrder,
     Job,
     Opened,
     Source,
@@ -89,24 +91,27 @@ class _Encoded:
     energy: float
 
 
-def encode(source: Source, job: Job, file: BinaryIO) -> TensorRecord:
+def encode(source: Source, job: Job, file: BinaryIO, in_order: InOrder) -> TensorRecord:
     """Write all levels of ``source`` to ``file``, chunk after chunk; see `Codec.encode`."""
     chain = chain_of(source, job.tiers, job.imatrix is not None)
     rows = n_rows_of(source)
     ranges = row_ranges(rows, source.shape[-1], job.chunk_weights)
-    sizes: list[tuple[tuple[int, ...], ...]] = []
+    tasks = (
+        partial(
+            _encode_chunk, source, job, chain, expert, expert * rows + start, expert * rows + stop
+        )
+        for expert in range(n_experts_of(source))
+        for start, stop in ranges
+    )
+    sizes: list[tuple[int, ...]] = []
     errors, energy = np.zeros(len(chain)), 0.0
-    for expert in range(n_experts_of(source)):
-        here: list[tuple[int, ...]] = []
-        for start, stop in ranges:
-            at = expert * rows
-            chunk = _encode_chunk(source, job, chain, expert, at + start, at + stop)
-            file.writelines(chunk.blobs)
-            here.append(tuple(len(blob) for blob in chunk.blobs))
-            errors, energy = errors + chunk.errors, energy + chunk.energy
-        sizes.append(tuple(here))
+    for chunk in in_order(tasks):
+        file.writelines(chunk.blobs)
+        sizes.append(tuple(len(blob) for blob in chunk.blobs))
+        errors, energy = errors + chunk.errors, energy + chunk.energy
+    per_expert = tuple(tuple(sizes[i : i + len(ranges)]) for i in range(0, len(sizes), len(ranges)))
     losses = rounded(job.sensitivity.losses(errors, energy))
-    return TensorRecord(source.name, chain, losses, tuple(sizes), ("",) * len(chain))
+    return TensorRecord(source.name, chain, losses, per_expert, ("",) * len(chain))
 
 
 def _encode_chunk(
@@ -167,6 +172,7 @@ NESTED = Codec(
     expected_type=lambda tier, cols: tier,
     size_bound=lambda tiers: SIZE_BOUND,
     encode=encode,
+    tensors_at_once=2,
     gives=gives,
     open=open_part,
     decode=decode,

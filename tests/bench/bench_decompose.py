@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from edgekit.codecs import CODECS
 from edgekit.codecs.chunks import CHUNK_WEIGHTS
-from edgekit.codecs.job import Job
+from edgekit.codecs.job import Job, one_by_one
 from edgekit.kernels.bitstack_level import Level, to_bytes
 from edgekit.kernels.bitstack_rows import add_levels
 from edgekit.kernels.decompose import Settings, decompose
@@ -80,7 +80,7 @@ def encode_cost(codec: str, size: int = 3072) -> float:
     row = CODECS[codec]
     job = Job(row.tiers, CHUNK_WEIGHTS, None, Sensitivity(rows, cols[None]))
     started = time.process_time()
-    row.encode(Random(size), job, io.BytesIO())
+    row.encode(Random(size), job, io.BytesIO(), one_by_one)
     return 1e9 * (time.process_time() - started) / size**2
 
 
