@@ -183,7 +183,7 @@ class Layers:
             bits.add(width)
             blocks.add(weight.block)
         (width,), (block,) = bits, blocks
-        if not self.graph.is_portable:  # 4-bit experts run 2.7 times as fast
+        if not self.graph.is_portable:  # experts of 4 bits are faster so
             attrs = attrs | {"accuracy_level": self.graph.accuracy_level}
         return str(
             self.graph.op(
