@@ -27,7 +27,7 @@ from edgekit.llama import (
     has_fopencookie,
     open_model,
 )
-from edgekit.llama.generation import _until_stop
+from edgekit.llama.generation import until_stop
 
 WORDS = ("▁the", "▁of", "ab", "é", "日本")
 TEXT = "the sum of ab, é 日本 🙂"
@@ -190,7 +190,7 @@ def test_generation_counts_and_says_why_it_stopped(model: Model) -> None:
 @settings(max_examples=200, deadline=None)
 def test_stop_texts_are_found_across_pieces(pieces: list[str], stop: str) -> None:
     generation, text = Generation(), "".join(pieces)
-    got = "".join(_until_stop(iter(pieces), [stop, "zz"], generation))
+    got = "".join(until_stop(iter(pieces), [stop, "zz"], generation))
     assert got == text.split(stop)[0]
     assert (generation.stopped == "stop") == (stop in text)
 
