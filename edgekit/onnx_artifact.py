@@ -61,6 +61,10 @@ class OnnxArtifact:
         """Take a manifest that has been checked."""
         self.folder, self.files = folder, folder / FOLDER
         self.manifest, self.part = manifest, part
+        if not self.files.exists():
+            raise RefusedError(
+                f"{self.files} is not here; copy it from where the artifact came, or run llama.cpp"
+            )
         root = self.files.resolve()
         if not root.is_dir() or not root.is_relative_to(folder.resolve()):
             raise RefusedError(f"{self.files} is no folder of the artifact; get the artifact again")

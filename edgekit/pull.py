@@ -109,6 +109,11 @@ def pull(url: str | None, output: Path, wish: Wish, progress: Progress) -> Pulle
     source = open_source(url, progress)
     text = _manifest_text(source)
     manifest = loads(text)
+    if not manifest.has_gguf:
+        raise UsageError(
+            f"the artifact at {without_secrets(url)} is for ONNX Runtime alone, which has no "
+            "levels to choose from; copy its folder"
+        )
     _check_names(manifest)
     catalog = Catalog(output, manifest, manifest.levels.n_bytes)
     plan = plan_budget(catalog, wish.budget, wish.context, wish.kv_type)

@@ -5,6 +5,7 @@ from pathlib import Path
 from edgekit.artifact import Verification, open_artifact, verify
 from edgekit.catalog import read_manifest
 from edgekit.onnx_artifact import OnnxArtifact
+from edgekit.onnx_part import FOLDER
 
 
 def verify_path(folder: Path) -> Verification:
@@ -19,8 +20,10 @@ def verify_path(folder: Path) -> Verification:
     if manifest.has_gguf:
         with open_artifact(folder) as opened:
             found = verify(opened)
-    if manifest.onnx is not None:
-        problems = tuple(OnnxArtifact(folder, manifest, manifest.onnx).problems())
-        checked = found.checked + len(manifest.onnx.files)
-        found = Verification(checked, found.missing, found.problems + problems)
-    return found
+    if manifest.onnx is None:
+        return found
+    n_files = len(manifest.onnx.files)
+    if manifest.has_gguf and not (folder / FOLDER).exists():  # not pulled
+        return Verification(found.checked, found.missing + n_files, found.problems)
+    problems = tuple(OnnxArtifact(folder, manifest, manifest.onnx).problems())
+    return Verification(found.checked + n_files, found.missing, found.problems + problems)

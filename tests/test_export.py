@@ -94,3 +94,24 @@ def test_an_unknown_format_is_a_wrong_use(made, tmp_path):
         main, ["convert", str(made / "checkpoint"), "-o", str(tmp_path / "x"), "--format", "onxn"]
     )
     assert result.exit_code == 2 and "did you mean 'onnx'?" in result.stderr
+
+
+def test_what_is_pulled_is_for_llama_cpp_and_the_rest_counts_as_not_here(made, tmp_path):
+    pulled = tmp_path / "pulled"
+    words = ("--budget", "1GiB", "--context", "64")
+    json_of("pull", (made / "both").as_uri(), "-o", str(pulled), *words)
+    body = json_of("verify", str(pulled))
+    whole = json_of("verify", str(made / "both"))
+    n_files = len(files(made / "both/onnx"))
+    assert body["ok"] and body["missing"] == n_files
+    assert body["checked"] == whole["checked"] - n_files
+    runner = CliRunner()
+    done = runner.invoke(main, ["plan", str(pulled), "--runtime", "onnx", *words])
+    assert done.exit_code == 0
+    done = runner.invoke(main, ["eval", str(pulled), "--runtime", "onnx", "--text", __file__])
+    assert done.exit_code == 5 and "pulled/onnx is not here; copy it from" in done.stderr
+    done = runner.invoke(
+        main, ["pull", (made / "onnx").as_uri(), "-o", str(tmp_path / "x"), *words]
+    )
+    assert done.exit_code == 2 and "is for ONNX Runtime alone" in done.stderr
+    assert not (tmp_path / "x").exists()

@@ -30,6 +30,8 @@ def decoder_of(arch: Arch, hyper: Hyper, config: Mapping[str, Any], name: str) -
         RefusedError: A field is of the wrong type or out of range.
         UnsupportedError: ONNX Runtime's operators cannot compute it.
     """
+    if not arch.has_onnx:
+        raise UnsupportedError(f"{name}: {arch.model_type} has no ONNX graph; use --format gguf")
     fields, sizes = Fields(config, arch.defaults, name), hyper.sizes
     if sizes["head"] % HEAD_MULTIPLE:
         raise UnsupportedError(

@@ -75,6 +75,7 @@ class Arch:
         scales_embedding: The embedding is multiplied by the root of its width.
         has_window: transformers attends in ``sliding_window`` unless the config says otherwise;
             llama.cpp's graph attends to all.
+        has_onnx: ONNX Runtime's operators compute its graph.
     """
 
     gguf: MODEL_ARCH
@@ -100,6 +101,7 @@ class Arch:
     unrotated_every: int = 0
     scales_embedding: bool = False
     has_window: bool = False
+    has_onnx: bool = True
 
     def is_windowed(self, layer: int) -> bool:
         """Whether the graph's own pattern has ``layer`` attend in a window."""
@@ -310,6 +312,7 @@ _ROWS = (
         expert_keys=("moe_num_primary_experts",),
         used_key="moe_num_active_primary_experts",
         softmax_key="moe_primary_router_apply_softmax",
+        has_onnx=False,  # its experts take ReLU gates, and a router before attention
         fixed={"norm_topk_prob": True, "moe_enable_secondary_experts": False},
     ),
 )

@@ -36,7 +36,7 @@ BOUNDS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=list(ARCHS))
+@pytest.fixture(scope="module", params=[name for name, arch in ARCHS.items() if arch.has_onnx])
 def converted(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     checkpoint = checkpoint_of(request.param, folder / "checkpoint")
@@ -142,6 +142,11 @@ def test_rows_that_are_no_whole_blocks(tmp_path):
     want = wanted(transformers_at(checkpoint, artifact.files, artifact.part.matrices, 4), tokens())
     got = logits_of(artifact.files / "model_d4.onnx", tokens())
     assert np.abs(got - want).max() <= BOUNDS["llama"]
+
+
+def test_an_architecture_without_a_graph_is_refused(tmp_path):
+    with pytest.raises(UnsupportedError, match="smallthinker has no ONNX graph; use --format gguf"):
+        onnx_artifact(checkpoint_of("smallthinker", tmp_path / "c"), tmp_path / "a")
 
 
 @pytest.mark.parametrize("block", [32, 128])
