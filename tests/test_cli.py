@@ -92,8 +92,10 @@ def test_every_command_has_an_example():
 
 
 @pytest.mark.parametrize("line", [line for _, line in examples()])
-def test_every_example_in_a_help_text_runs(here, line):
+def test_every_example_in_a_help_text_runs(here, line, moe_artifact):
     words = shlex.split(line)[1:]
+    if words[0] == "trace":
+        words[1:4] = [str(moe_artifact), "--text", "heldout.txt"]
     if words[0] == "convert":
         shutil.rmtree("llama-edge")
         if "--no-calibration" not in words:

@@ -92,8 +92,10 @@ def python_server(folder: Path) -> Iterator[str]:
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         assert process.stdout is not None
-        yield process.stdout.readline().split("(")[1].split(")")[0]
-        process.terminate()
+        try:
+            yield process.stdout.readline().split("(")[1].split(")")[0]
+        finally:
+            process.terminate()
 
 
 @contextmanager
@@ -120,8 +122,10 @@ def nginx(folder: Path, place: Path) -> Iterator[str]:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.02)
-        yield f"http://127.0.0.1:{port}"
-        process.terminate()
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
 
 
 @contextmanager
@@ -155,7 +159,8 @@ def test_five_budgets_transfer_what_their_plans_name_and_load_like_the_whole(
             assert is_beginning(out / LEVELS, artifact / LEVELS)
             whole = plan_budget(open_catalog(artifact), budget, 256)
             with open_artifact(out) as opened:
-                assert plan_budget(opened, budget, 256) == whole
+                found = plan_budget(opened, budget, 256)
+                assert found.depths == whole.depths and found.batch >= whole.batch
                 assert verify(opened).ok
             needed.append(body["levels_bytes"])
         assert needed == sorted(set(needed))  # each more than the one before

@@ -45,7 +45,7 @@ def plan(
         edgekit plan llama-edge --budget 1.2GiB --context 2048
         edgekit plan llama-edge --device pixel-8
     """
-    profile = _profile(device, budget)
+    profile, runtime = _profile(device, budget), runtime or _runtime_of(artifact)
     if profile is not None:
         budget = profile.budget_bytes
         note(f"budget {format_size(budget)}: {profile.name}, {profile.app_share.source}")
@@ -55,7 +55,7 @@ def plan(
         found = auto_budget()
         budget = found.n_bytes
         note(f"budget {format_size(budget)}: {found.source}")
-    if (runtime or _runtime_of(artifact)) == "onnx":
+    if runtime == "onnx":
         body = _onnx_plan(artifact, budget, context)
     else:
         experts = {"expert_cache": expert_cache, "pager": not no_pager}

@@ -113,6 +113,9 @@ def run(
     from edgekit.llama import Sampling
     from edgekit.loader import load, runtime_of
 
+    runtime = runtime or runtime_of(artifact)
+    if state is not None and runtime != "llama":
+        raise UsageError(f"--state keeps what llama.cpp holds; leave it out with {runtime}")
     if budget is None:
         found = auto_budget()
         note(f"budget {format_size(found.n_bytes)}: {found.source}")
@@ -132,7 +135,7 @@ def run(
             not no_pager,
             prefetch,
             progress,
-            runtime=runtime or runtime_of(artifact),
+            runtime=runtime,
         ) as session,
     ):
         child.needs(session.plan.total_bytes, session.plan.budget_bytes or 0)
@@ -142,14 +145,10 @@ def run(
             Chat(session, n_tokens, sampling, raw, stop).run()
             return
         text = sys.stdin.read() if prompt == "-" else prompt
-        is_old = state is not None and state.exists()
-        if state is not None and is_old:
-            session.restore(state)
+        more: dict[str, Any] = {"after": True} if _restored(session, state) else {}
         pieces = []
         try:
-            generation = session.generate(
-                text, n_tokens, sampling, chat=not raw, stop=stop, after=is_old
-            )
+            generation = session.generate(text, n_tokens, sampling, chat=not raw, stop=stop, **more)
             for piece in generation:
                 pieces.append(piece)
                 if not as_json:
@@ -176,6 +175,14 @@ def obey_signals(session: "Session") -> None:
     for name, handler in (("SIGUSR1", halve), ("SIGUSR2", restore)):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), handler)
+
+
+def _restored(session: "Session", state: Path | None) -> bool:
+    """Whether a conversation was there to go on from."""
+    if state is None or not state.exists():
+        return False
+    session.restore(state)
+    return True
 
 
 def tell_loaded(session: "Session") -> None:
