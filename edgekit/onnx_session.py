@@ -101,6 +101,11 @@ class OnnxSession:
         return self.tokenizer.template is not None
 
     @property
+    def paging(self) -> None:
+        """Nothing: experts are all resident."""
+        return None
+
+    @property
     def runner(self) -> Runner:
         """The conversation in ONNX Runtime; another object after each change of depth."""
         assert self._runner is not None, "the session is closed"
@@ -127,6 +132,12 @@ class OnnxSession:
         tokens = self._draw(self._rewind(ids), n, sampling or Sampling(), generation)
         generation.pieces = until_stop(self._text(tokens), stop, generation)
         return generation
+
+    def prompt_of(self, messages: Sequence[Message]) -> str | Sequence[Message]:
+        """As `edgekit.session.Session.prompt_of`."""
+        if self.has_chat_template:
+            return messages
+        return "\n".join(message["content"] for message in messages)
 
     def request(self, budget: int) -> None:
         """Resize before the next token; may be called in a signal handler."""

@@ -257,3 +257,10 @@ def test_materialized_folders_load_everywhere(artifact, tmp_path):
         again = CliRunner().invoke(main, words)
         assert again.exit_code == 2 and "exists" in again.stderr
         shutil.rmtree(out)
+
+
+def test_a_conversation_by_the_command_line(artifact):
+    command = [sys.executable, "-m", "edgekit", "run", str(artifact), "-n", "4", "--threads", "1"]
+    said = subprocess.run(command, input="a b\nc\n/quit\n", capture_output=True, text=True)
+    assert (said.returncode, "Traceback" in said.stderr) == (0, False), said.stderr
+    assert len(said.stdout.strip().splitlines()) >= 2

@@ -33,6 +33,7 @@ CURVES = [
     {"policy": "belady", "experts_per_layer": [1, 2, 4], "hit_rate": [0.3, 0.7, 1.0]},
 ]
 EXPERTS = {"n_experts": 4, "n_used": 1, "hit_curves": CURVES, "verdict": "benefit: a cache of 2"}
+MORE = {"histogram": [[1]], "recommended": {"experts_per_layer": 2}}  # what the page does not show
 PEERS = (
     {"tool": HOSTILE, "name": "Q4", "weights_bytes": 700_000, "kl_mean": 0.02},
     {"tool": "llama.cpp", "name": "Q4_K_M", "weights_bytes": 800_000, "kl_mean": 0.01},
@@ -211,7 +212,7 @@ def test_experts_told_in_another_form_are_refused(llama_artifact, tmp_path, told
 
 
 def test_experts_are_drawn_where_the_manifest_tells_of_them(llama_artifact, tmp_path):
-    folder = with_facts(llama_artifact, tmp_path / "edge", experts=EXPERTS | {"histogram": [[1]]})
+    folder = with_facts(llama_artifact, tmp_path / "edge", experts=EXPERTS | MORE)
     assert profile(folder, []).experts == EXPERTS
     assert profile(llama_artifact, []).experts == {}
 
