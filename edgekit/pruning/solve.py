@@ -37,7 +37,13 @@ def damped(gram: Tensor, damp: float = DAMP) -> Tensor:
 
 def inverse(gram: Tensor, damp: float = DAMP) -> Tensor:
     """The inverse of the damped moment, float64 ``[n, n]``."""
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped(gram.double(), damp)))
+    lower = _cholesky_(damped(gram.double(), damp))
+    return torch.cholesky_inverse(lower, out=lower)
+
+
+def _cholesky_(matrix: Tensor) -> Tensor:
+    """The lower factor, in the place of ``matrix``: of 8192 features each copy has half a GiB."""
+    return torch.linalg.cholesky(matrix, out=matrix)
 
 
 def leverage(gram: Tensor, damp: float = DAMP) -> Tensor:
@@ -140,7 +146,7 @@ def refit(weight: Tensor, gram: Tensor, cross: Tensor, damp: float = DAMP) -> Te
         float64 ``[rows, n]``.
     """
     gram, weight = gram.double(), weight.double()
-    lower = torch.linalg.cholesky(damped(gram, damp))
+    lower = _cholesky_(damped(gram, damp))
     return weight + torch.cholesky_solve((cross.double() - weight @ gram).T, lower).T
 
 
@@ -164,5 +170,10 @@ def checked_refit(
     """
     if held is None:
         return refit(weight, *seen, DAMPS[-1])
-    choices = [weight.double(), *(refit(weight, *seen, damp) for damp in DAMPS)]
-    return min(choices, key=lambda choice: excess(choice, *held))
+    best = weight.double()
+    least = excess(best, *held)
+    for damp in DAMPS:
+        choice = refit(weight, *seen, damp)
+        if (error := excess(choice, *held)) < least:
+            best, least = choice, error
+    return best

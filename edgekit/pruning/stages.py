@@ -85,8 +85,12 @@ class Moments:
             self.cross[part].addmm_(target.T, x)
 
     def refit(self, weight: Tensor, kept: Tensor) -> Tensor:
-        """``weight`` ``[rows, kept]``, tuned to give the target from the ``kept`` features."""
+        """``weight`` ``[rows, kept]``, tuned to give the target from the ``kept`` features.
+
+        The sums are let go: solving needs their room.
+        """
         parts = [self._part(part, kept) for part in (0, 1) if self.n[part]]
+        self.gram = self.cross = torch.empty(0)
         if not self.n[0]:
             return weight
         return checked_refit(weight, parts[0], parts[1] if len(parts) > 1 else None).float()
