@@ -31,6 +31,13 @@ def cache_of_the_suite(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["EDGEKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True)
+def nothing_held_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch and all else that this process holds would count in a session's budget."""
+    for module in ("loader", "onnx_session"):
+        monkeypatch.setattr(f"edgekit.{module}.held_bytes", lambda: 0)
+
+
 @pytest.fixture(scope="session")
 def llama_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with rows of 256 as an artifact of the default tiers; to be read only."""

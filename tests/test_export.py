@@ -69,7 +69,6 @@ def test_another_model_s_config_is_refused(made, tmp_path):
 
 def test_both_runtimes_run_from_one_folder(made, tmp_path, monkeypatch):
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path))
-    monkeypatch.setattr("edgekit.onnx_session.held_bytes", lambda: 0)
     greedy = Sampling(temperature=0.0, ignore_eos=True)
     for runtime in ("llama", "onnx"):
         with edgekit.load(

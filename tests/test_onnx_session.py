@@ -48,8 +48,6 @@ def artifact(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    # what this process holds besides (torch) would count in a session's budget
-    monkeypatch.setattr("edgekit.onnx_session.held_bytes", lambda: 0)
 
 
 def total(artifact: Path, depth: int, context: int = 256) -> int:

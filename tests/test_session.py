@@ -39,7 +39,6 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def bytes_of_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Python and the suite hold is left out of plans: budgets choose depths."""
-    monkeypatch.setattr("edgekit.loader.held_bytes", lambda: 0)
     monkeypatch.setattr("edgekit.session.PROCESS_BYTES", 0)
     monkeypatch.setattr("edgekit.footprint.MODEL_BYTES", 0)
     monkeypatch.setattr("edgekit.footprint.loading_bytes", lambda shape, n_threads: 0)
