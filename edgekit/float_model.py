@@ -7,6 +7,7 @@ layer runs and go right after: a model runs in the memory of its largest layer.
 
 import re
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -223,6 +224,7 @@ def build(class_name: str, config: Mapping[str, Any]) -> Any:
             "checkpoint; convert with --imatrix FILE or --no-calibration"
         )
     kept = {k: v for k, v in config.items() if k not in _CODE and not k.startswith("_")}
+    kept = deepcopy(kept)  # transformers writes into it
     kept["torch_dtype"] = kept["dtype"] = "float32"
     data = model_class.config_class.from_dict(kept, attn_implementation="eager")
     data._experts_implementation = "eager"  # one product per expert, which a collector can see

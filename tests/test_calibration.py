@@ -1,6 +1,7 @@
 """Statistics of the float model against hooks on transformers' own model, loaded by itself."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from edgekit.arch import ARCHS, map_checkpoint
 from edgekit.calibration import Collector, calibrate
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import DoesNotFitError, RefusedError, UsageError
-from edgekit.float_model import FloatModel
+from edgekit.float_model import FloatModel, build
 from edgekit.imatrix import Imatrix, read_imatrix, write_imatrix
 
 IDS = np.random.default_rng(0).integers(3, 300, (2, 24))
@@ -203,3 +204,13 @@ def test_a_config_that_names_code_runs_none(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     collect(Checkpoint.open(folder), IDS)
     assert not canary.exists()
+
+
+def test_transformers_does_not_write_into_the_config() -> None:
+    config = {"rope_theta": 5e5, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32,
+              "num_hidden_layers": 1, "num_attention_heads": 2, "rope_scaling": {
+                  "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                  "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}  # fmt: skip
+    before = deepcopy(config)
+    build("LlamaForCausalLM", config)
+    assert config == before
