@@ -31,11 +31,13 @@ def cache_of_the_suite(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["EDGEKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(autouse=True)
-def nothing_held_before(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def nothing_held_before() -> Iterator[None]:
     """Torch and all else that this process holds would count in a session's budget."""
-    for module in ("loader", "onnx_session"):
-        monkeypatch.setattr(f"edgekit.{module}.held_bytes", lambda: 0)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("loader", "onnx_session"):
+            patch.setattr(f"edgekit.{module}.held_bytes", lambda: 0)
+        yield
 
 
 @pytest.fixture(scope="session")

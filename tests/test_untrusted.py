@@ -155,7 +155,7 @@ def test_a_hostile_chat_template_is_carried_verbatim_flagged_and_never_run(model
         assert artifact.header.get("tokenizer.chat_template") == PAYLOAD
     command = ["run", "edge", "-p", "hello", "-n", "1", "--budget", "1GiB", "--context", "64"]
     ran = CliRunner().invoke(main, command)
-    assert ran.exit_code == 1
+    assert ran.exit_code == 2
     assert "chat template" in ran.stderr and "Traceback" not in ran.stderr
     raw = CliRunner().invoke(main, [*command, "--raw"])
     assert raw.exit_code == 0, (raw.stderr, raw.exception)
