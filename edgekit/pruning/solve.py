@@ -121,7 +121,7 @@ def remove_(moment: Tensor, w: Tensor, gone: Tensor) -> None:
     """
     across = torch.linalg.solve(moment[gone][:, gone], moment[gone])
     w.sub_(w[:, gone] @ across)
-    moment.sub_(moment[:, gone] @ across)
+    moment.addmm_(moment[:, gone], across, alpha=-1)
     w[:, gone] = 0
     moment[gone] = 0
     moment[:, gone] = 0
