@@ -2,44 +2,23 @@
 
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from edgekit.isolated import IsolatedSession
-    from edgekit.session import Session
+    from edgekit.loader import load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "load_isolated"]
 
 
-def load(
-    path: Path | str,
-    budget: int | None = None,
-    context: int | None = None,
-    kv_type: str = "f16",
-    *,
-    n_threads: int | None = None,
-    residency: Literal["auto", "anon", "mapped"] = "auto",
-    follow: bool = True,
-    repack: bool = False,
-    runtime: Literal["llama", "onnx"] = "llama",
-) -> "AbstractContextManager[Session]":
-    """Load the artifact in ``path`` at the best depth within ``budget`` bytes.
-
-    Arguments and errors are those of `edgekit.loader.load`.
-
-    Example::
-
-        with edgekit.load("llama-edge", budget=1_200_000_000) as session:
-            for piece in session.generate("Hello", 64):
-                print(piece, end="")
-            session.resize(900_000_000)  # the conversation goes on at another depth
-    """
+def __getattr__(name: str) -> object:
+    """``edgekit.load``, which is not imported before it is used: llama.cpp comes with it."""
+    if name != "load":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from edgekit.loader import load
 
-    return load(
-        path, budget, context, kv_type, n_threads, residency, follow, repack, runtime=runtime
-    )
+    return load
 
 
 def load_isolated(path: Path | str, **options: object) -> "AbstractContextManager[IsolatedSession]":

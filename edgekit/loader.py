@@ -25,6 +25,7 @@ def load(
     budget: int | None = None,
     context: int | None = None,
     kv_type: str = "f16",
+    *,
     n_threads: int | None = None,
     residency: Residency = "auto",
     follow: bool = True,
@@ -34,7 +35,7 @@ def load(
     prefetch: Prefetch = "off",
     progress: Progress | None = None,
     besides: int = 0,
-    runtime: str = "llama",
+    runtime: str | None = None,
 ) -> Iterator[Session]:
     """Load the artifact in ``path`` at the best depth within ``budget`` bytes; a context manager.
 
@@ -57,15 +58,31 @@ def load(
         progress: Told how far each load is.
         besides: Bytes that the caller will take besides the model, within the budget.
         runtime: ``llama``, or ``onnx``, which has its own cache in float32 and changes depth when
-            it is asked to only: ``kv_type``, ``residency``, ``follow`` and ``repack`` are llama's.
+            it is asked to only; ``None`` takes ``llama`` where the artifact has a GGUF.
 
     Raises:
         DoesNotFitError: Not even the lowest depth fits.
         RefusedError: The artifact is corrupt.
+        UsageError: The artifact is not for this runtime, or has no such options.
+
+    Example::
+
+        with edgekit.load("llama-edge", budget=1_200_000_000) as session:
+            for piece in session.generate("Hello", 64):
+                print(piece, end="")
+            session.resize(900_000_000)  # the conversation goes on at another depth
     """
+    runtime = runtime or runtime_of(Path(path))
     if runtime not in RUNTIMES:
         raise UnknownNameError("runtime", runtime, RUNTIMES)
     if runtime == "onnx":
+        _refuse_llamas(
+            kv_type=kv_type != "f16",
+            residency=residency != "auto",
+            repack=repack,
+            expert_cache=expert_cache is not None,
+            prefetch=prefetch != "off",
+        )
         options = OnnxSettings(n_threads, progress=progress or Silent())
         with load_onnx(Path(path), budget, context, options) as loaded:
             yield cast(Session, loaded)  # the same interface
@@ -89,3 +106,12 @@ def load(
 def runtime_of(folder: Path) -> str:
     """The runtime that an artifact was made for: ``llama`` where it has a GGUF."""
     return "llama" if read_manifest(folder).has_gguf else "onnx"
+
+
+def _refuse_llamas(**given: bool) -> None:
+    """Options that mean something to llama.cpp only are refused, not passed over."""
+    names = [name for name, is_given in given.items() if is_given]
+    if names:
+        raise UsageError(
+            f"{', '.join(names)}: ONNX Runtime has no such choice; leave that out, or run llama.cpp"
+        )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -262,3 +263,32 @@ def test_a_conversation_by_the_command_line(artifact):
     said = subprocess.run(command, input="a b\nc\n/quit\n", capture_output=True, text=True)
     assert (said.returncode, "Traceback" in said.stderr) == (0, False), said.stderr
     assert len(said.stdout.strip().splitlines()) >= 2
+
+
+@pytest.mark.parametrize("given", [
+    {"kv_type": "q8_0"}, {"residency": "anon"}, {"repack": True}, {"expert_cache": 2},
+    {"prefetch": "gate"},
+])  # fmt: skip
+def test_what_only_llama_cpp_can_choose_is_refused(given, artifact):
+    words = f"^{next(iter(given))}: ONNX Runtime has no such choice"
+    with pytest.raises(UsageError, match=words), edgekit.load(artifact, 1 << 30, **given):
+        pass
+
+
+def test_an_artifact_for_onnx_alone_is_loaded_for_it(artifact):
+    with edgekit.load(artifact, 1 << 30, 64, n_threads=1) as session:
+        assert type(session).__name__ == "OnnxSession"
+
+
+def test_it_offers_what_the_command_line_uses(artifact):
+    """But for what keeps a state in a file, which is refused before."""
+    used = {
+        name
+        for path in ("run", "chat", "loading")
+        for name in re.findall(
+            r"\bsession\.(\w+)", (ROOT / f"edgekit/cli/{path}.py").read_text(encoding="utf-8")
+        )
+    }
+    with load_onnx(artifact, 1 << 30, 64, OnnxSettings(1)) as session:
+        missing = {name for name in used if not hasattr(session, name)}
+    assert missing == {"restore", "save"} and len(used) > 10

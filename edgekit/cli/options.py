@@ -84,7 +84,7 @@ repack = click.option(
     help="Let llama.cpp lay weights out for its fastest kernels, where that fits the budget too.",
 )
 threads = click.option(
-    "--threads", type=click.IntRange(1, 512), help="Threads; default: physical cores."
+    "--threads", "n_threads", type=click.IntRange(1, 512), help="Threads; default: physical cores."
 )
 expert_cache = click.option(
     "--expert-cache",
@@ -93,3 +93,10 @@ expert_cache = click.option(
     "they fit, else as many as fit.",
 )
 no_pager = click.option("--no-pager", is_flag=True, help="Keep all experts resident always.")
+prefetch = click.option(
+    "--prefetch",
+    type=click.Choice(["off", "gate", "table"]),
+    default="off",
+    show_default=True,
+    help="Guess experts of the next layer, by its router or by the trace, and read them ahead.",
+)

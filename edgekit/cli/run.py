@@ -1,7 +1,8 @@
 """``edgekit run``."""
 
-import signal
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,9 @@ import click
 
 from edgekit.cli import options
 from edgekit.cli.console import note, print_json, progress_bars
+from edgekit.cli.loading import Loading, loaded, loading_options
 from edgekit.cli.supervise import supervised
 from edgekit.errors import UsageError
-from edgekit.sizes import format_size
 
 if TYPE_CHECKING:
     from edgekit.llama import Generation
@@ -45,29 +46,14 @@ if TYPE_CHECKING:
 @click.option(
     "--raw", is_flag=True, help="Continue the prompt as it is, without the chat template."
 )
-@options.budget_auto
-@options.context
-@options.kv_type
-@options.residency
-@options.follow
-@options.repack
-@options.expert_cache
-@options.no_pager
-@click.option(
-    "--prefetch",
-    type=click.Choice(["off", "gate", "table"]),
-    default="off",
-    show_default=True,
-    help="Guess experts of the next layer, by its router or by the trace, and read them ahead.",
-)
+@loading_options
+@options.runtime
 @click.option(
     "--state",
     type=options.NEW_PATH,
     help="With -p: go on from the conversation in this file where it exists, and write it there at "
     "the end, also when an error ends it.",
 )
-@options.threads
-@options.runtime
 @options.as_json
 @options.verbose
 def run(
@@ -79,18 +65,9 @@ def run(
     stop: tuple[str, ...],
     ignore_eos: bool,
     raw: bool,
-    budget: int | None,
-    context: int | None,
-    kv_type: str,
-    residency: Any,
-    follow: bool,
-    repack: bool,
-    expert_cache: int | None,
-    no_pager: bool,
-    prefetch: Any,
-    state: Path | None,
-    threads: int | None,
+    loading: Loading,
     runtime: str | None,
+    state: Path | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -109,90 +86,54 @@ def run(
         raise UsageError("--json answers one prompt; give it with -p")
     child = supervised()
     from edgekit.cli.chat import Chat
-    from edgekit.devices.memory import auto_budget
     from edgekit.llama import Sampling
-    from edgekit.loader import load, runtime_of
+    from edgekit.loader import runtime_of
 
-    runtime = runtime or runtime_of(artifact)
-    if state is not None and runtime != "llama":
-        raise UsageError(f"--state keeps what llama.cpp holds; leave it out with {runtime}")
-    if budget is None:
-        found = auto_budget()
-        note(f"budget {format_size(found.n_bytes)}: {found.source}")
+    if state is not None and (runtime or runtime_of(artifact)) != "llama":
+        raise UsageError("--state keeps what llama.cpp holds; leave it out with --runtime onnx")
     sampling = Sampling(temperature, seed, ignore_eos=ignore_eos)
     with (
         progress_bars() as progress,
-        load(
-            artifact,
-            budget,
-            context,
-            kv_type,
-            threads,
-            residency,
-            follow,
-            repack,
-            expert_cache,
-            not no_pager,
-            prefetch,
-            progress,
-            runtime=runtime,
-        ) as session,
+        loaded(artifact, loading, child, progress, runtime=runtime) as session,
     ):
-        child.needs(session.plan.total_bytes, session.plan.budget_bytes or 0)
-        obey_signals(session)
-        tell_loaded(session)
         if prompt is None:
             Chat(session, n_tokens, sampling, raw, stop).run()
             return
         text = sys.stdin.read() if prompt == "-" else prompt
-        more: dict[str, Any] = {"after": True} if _restored(session, state) else {}
-        pieces = []
-        try:
+        with _kept(session, state) as more:
             generation = session.generate(text, n_tokens, sampling, chat=not raw, stop=stop, **more)
-            for piece in generation:
-                pieces.append(piece)
-                if not as_json:
-                    click.echo(piece, nl=False)
-        finally:
-            if state is not None:
-                session.save(state)
+            pieces = list(_shown(generation, as_json))
         if as_json:
             print_json(_report(session, generation, "".join(pieces)))
         else:
             _tell_times(generation)
 
 
-def obey_signals(session: "Session") -> None:
-    """USR1 halves the budget, USR2 brings the first one back; Windows has neither."""
-    first = session.plan.budget_bytes or session.plan.total_bytes
+@contextmanager
+def _kept(session: "Session", state: Path | None) -> Iterator[dict[str, Any]]:
+    """Go on from the conversation in the file ``state`` and write it there at the end.
 
-    def halve(number: int, frame: object) -> None:
-        session.request((session.plan.budget_bytes or first) // 2)
-
-    def restore(number: int, frame: object) -> None:
-        session.request(first)
-
-    for name, handler in (("SIGUSR1", halve), ("SIGUSR2", restore)):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handler)
-
-
-def _restored(session: "Session", state: Path | None) -> bool:
-    """Whether a conversation was there to go on from."""
-    if state is None or not state.exists():
-        return False
-    session.restore(state)
-    return True
+    Yields:
+        What `generate` must know then.
+    """
+    if state is None:
+        yield {}
+        return
+    is_old = state.exists()
+    if is_old:
+        session.restore(state)
+    try:
+        yield {"after": is_old}
+    finally:
+        session.save(state)
 
 
-def tell_loaded(session: "Session") -> None:
-    """One line about what was loaded."""
-    plan = session.plan
-    note(
-        f"loaded {format_size(plan.weights_bytes)} of weights at "
-        f"{plan.bits_per_weight:.2f} bits per weight in {session.load_seconds:.2f} s; "
-        f"total {format_size(plan.total_bytes)} planned"
-    )
+def _shown(pieces: Iterable[str], is_quiet: bool) -> Iterator[str]:
+    """Print pieces as they come."""
+    for piece in pieces:
+        if not is_quiet:
+            click.echo(piece, nl=False)
+        yield piece
 
 
 def _tell_times(generation: "Generation") -> None:

@@ -2,16 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from edgekit.cli import options
 from edgekit.cli.console import note, print_json, progress_bars
-from edgekit.cli.run import obey_signals, tell_loaded
+from edgekit.cli.loading import Loading, loaded, loading_options
 from edgekit.cli.supervise import supervised
 from edgekit.errors import UsageError
-from edgekit.sizes import format_size
 
 if TYPE_CHECKING:
     from edgekit.server.access import Access
@@ -20,13 +19,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("artifact", type=options.FOLDER)
-@options.budget_auto
-@options.context
-@options.kv_type
-@options.residency
-@options.follow
-@options.repack
-@options.threads
+@loading_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
@@ -49,13 +42,7 @@ if TYPE_CHECKING:
 @options.verbose
 def serve(
     artifact: Path,
-    budget: int | None,
-    context: int | None,
-    kv_type: str,
-    residency: Any,
-    follow: bool,
-    repack: bool,
-    threads: int | None,
+    loading: Loading,
     host: str,
     port: int,
     api_key_file: Path | None,
@@ -78,34 +65,16 @@ def serve(
         from edgekit.server.listen import bind, listen, url_of
     except ImportError as error:
         raise UsageError(f"serving needs more ({error}); pip install 'edgekit[serve]'") from error
-    from edgekit.devices.memory import auto_budget
-    from edgekit.loader import load
     from edgekit.plan import DEFAULT_CONTEXT
     from edgekit.server.worker import Worker
 
     access = _access(host, api_key_file, budget_token_file)
-    if budget is None:
-        found = auto_budget()
-        note(f"budget {format_size(found.n_bytes)}: {found.source}")
+    besides = server_bytes(loading.context or DEFAULT_CONTEXT)
     with (
         bind(host, port) as bound,
         progress_bars() as progress,
-        load(
-            artifact,
-            budget,
-            context,
-            kv_type,
-            threads,
-            residency,
-            follow,
-            repack,
-            progress=progress,
-            besides=server_bytes(context or DEFAULT_CONTEXT),
-        ) as session,
+        loaded(artifact, loading, child, progress, runtime="llama", besides=besides) as session,
     ):
-        child.needs(session.plan.total_bytes, session.plan.budget_bytes or 0)
-        obey_signals(session)
-        tell_loaded(session)
         worker = Worker(session, progress)
         worker.start()
         try:
