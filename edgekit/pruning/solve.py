@@ -42,8 +42,12 @@ def inverse(gram: Tensor, damp: float = DAMP) -> Tensor:
 
 
 def _cholesky_(matrix: Tensor) -> Tensor:
-    """The lower factor, in the place of ``matrix``: of 8192 features each copy has half a GiB."""
-    return torch.linalg.cholesky(matrix, out=matrix)
+    """The lower factor, in the place of the symmetric ``matrix``, which is C-contiguous.
+
+    Of 8192 features each copy has half a GiB; torch makes none where columns are contiguous.
+    """
+    columns = matrix.mT
+    return torch.linalg.cholesky(columns, out=columns)
 
 
 def leverage(gram: Tensor, damp: float = DAMP) -> Tensor:
@@ -147,7 +151,9 @@ def refit(weight: Tensor, gram: Tensor, cross: Tensor, damp: float = DAMP) -> Te
     """
     gram, weight = gram.double(), weight.double()
     lower = _cholesky_(damped(gram, damp))
-    return weight + torch.cholesky_solve((cross.double() - weight @ gram).T, lower).T
+    missing = (cross.double() - weight @ gram).T
+    half = torch.linalg.solve_triangular(lower, missing, upper=False)  # cholesky_solve copies lower
+    return weight + torch.linalg.solve_triangular(lower.mT, half, upper=True).T
 
 
 def excess(weight: Tensor, gram: Tensor, cross: Tensor) -> float:
