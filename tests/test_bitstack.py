@@ -81,7 +81,7 @@ def tensors_of(artifact: Artifact, tier: str, folder: Path) -> dict[str, np.ndar
 def packed_values(artifact: Artifact, name: str, depth: int, expert: int) -> np.ndarray:
     """What the levels of a tensor add up to, read from their bytes."""
     stack = artifact.stack(name)
-    rows = stack.n_weights // stack.cols // stack.n_experts
+    rows = stack.n_rows
     values = np.zeros((rows, stack.cols), np.float32)
     if stack.tiers[1] == "R1":
         base = np.frombuffer(artifact.part(stack.levels[0], expert), np.uint8)
@@ -235,8 +235,7 @@ def test_column_groups_convert_and_come_back(checkpoint, tmp_path):
     with open_artifact(made) as opened:
         got = tensors_of(opened, "source", tmp_path)
         stack = next(s for s in opened.stacks if len(s.levels) > 1)
-        rows = stack.n_weights // stack.cols // stack.n_experts
-        level = from_bytes(opened.part(stack.levels[1], 0), rows, stack.cols)
+        level = from_bytes(opened.part(stack.levels[1], 0), stack.n_rows, stack.cols)
     assert (level.group, level.rank) == (32, 1)
     for name, wanted in matrices(checkpoint).items():
         np.testing.assert_array_equal(got[name], wanted.reshape(-1), name)

@@ -306,8 +306,7 @@ def open_part(part: memoryview, stack: Stack, depth: int, n_chunks: int) -> obje
     """A level of the whole matrix; the payloads of ``source``."""
     if stack.tiers[depth] == SOURCE:
         return split_frames(part, n_chunks)
-    rows = stack.n_weights // stack.cols // stack.n_experts
-    return bitstack_level.from_bytes(part, rows, stack.cols)
+    return bitstack_level.from_bytes(part, stack.n_rows, stack.cols)
 
 
 def decode(chunk: Chunk, opened: Opened) -> ByteArray:
