@@ -12,8 +12,7 @@ ReadPart = Callable[[Level, int], memoryview]
 
 def chunks_of(stack: Stack, depth: int, expert: int, chunk_weights: int) -> Iterator[Chunk]:
     """The chunks of one expert in order."""
-    rows = stack.n_weights // stack.cols // stack.n_experts
-    ranges = row_ranges(rows, stack.cols, chunk_weights)
+    ranges = row_ranges(stack.n_rows, stack.cols, chunk_weights)
     for index, (start, stop) in enumerate(ranges):
         yield Chunk(stack, depth, expert, index, len(ranges), start, stop)
 

@@ -82,8 +82,7 @@ class SomeResident:
 
 def expert_bytes(stack: Stack, tier: str) -> int:
     """Bytes of one expert of ``stack`` at ``tier``."""
-    rows = stack.n_weights // stack.cols // stack.n_experts
-    return rows * row_bytes(stack.type_at(tier), stack.cols)
+    return stack.n_rows * row_bytes(stack.type_at(tier), stack.cols)
 
 
 def paged(stacks: Sequence[Stack], depths: Depths, n: int, n_used: int, experts: Json) -> Paged:

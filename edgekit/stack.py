@@ -101,6 +101,11 @@ class Stack:
         return self.shape[0] if len(self.shape) == 3 else 1
 
     @property
+    def n_rows(self) -> int:
+        """Rows of one expert."""
+        return self.n_weights // self.cols // self.n_experts
+
+    @property
     def n_weights(self) -> int:
         """Number of elements."""
         n = 1

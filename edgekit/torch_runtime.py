@@ -22,8 +22,7 @@ from edgekit.arch.source import interleaved
 from edgekit.arch.table import Arch
 from edgekit.artifact import Artifact
 from edgekit.codecs import CODECS
-from edgekit.codecs.chunks import row_ranges
-from edgekit.codecs.job import Chunk
+from edgekit.decode import Decoder, chunks_of
 from edgekit.errors import UsageError
 from edgekit.evaluate import Quality, Reference, compare
 from edgekit.float_model import build
@@ -84,6 +83,7 @@ class Weights:
         """Load ``depths``."""
         self._artifact, self.device = artifact, device
         self._codec = CODECS[artifact.manifest.codec]
+        self._decoder = Decoder(self._codec, artifact.part)
         self._tiers: dict[str, str] = {}
         self._matrices: dict[str, tuple[Matrix, ...]] = {}  # an entry per expert
         self.set_depths(depths)
@@ -118,42 +118,33 @@ class Weights:
                 for expert in range(stack.n_experts)
             )
             self._tiers[stack.name] = tier
+        self._decoder.forget()
         self._artifact.release()
 
     def _at(self, stack: Stack, depth: int, expert: int, old: Matrix | None) -> Matrix:
         held = self._codec.held(stack, depth)
         if not held:
             return Matrix(self._blocks(stack, depth, expert))
-        blocks = self._blocks(stack, 1, expert) if 0 in held else None
-        if blocks is not None and old is not None and old.levels and old.blocks is not None:
-            blocks = old.blocks
-        kept = old.levels if old is not None else ()
+        kept = old if old is not None and old.levels else Matrix(None)
+        blocks = kept.blocks
+        if blocks is None and 0 in held:
+            blocks = self._blocks(stack, 1, expert)
         wanted = [d for d in held if d]
-        levels = list(kept[: len(wanted)])
+        levels = list(kept.levels[: len(wanted)])
         for d in wanted[len(levels) :]:
-            level = self._codec.open(self._part(stack, d, expert), stack, d, 1)
+            part = self._artifact.part(stack.levels[d], expert)
+            level = self._codec.open(part, stack, d, 1)
             assert isinstance(level, Level)
             levels.append(bitstack_matmul.packed(level, self.device))
         return Matrix(blocks, tuple(levels))
 
-    def _part(self, stack: Stack, depth: int, expert: int) -> memoryview:
-        return self._artifact.part(stack.levels[depth], expert)
-
     def _blocks(self, stack: Stack, depth: int, expert: int) -> PackedBlocks:
         """The tensor as blocks, decoded chunk by chunk."""
         kind = stack.type_at(stack.tiers[depth - 1])
-        rows = stack.n_weights // stack.cols // stack.n_experts
-        ranges = row_ranges(rows, stack.cols, self._artifact.manifest.chunk_weights)
-        parts = {0: self._part(stack, 0, expert)} | {
-            d: self._codec.open(self._part(stack, d, expert), stack, d, len(ranges))
-            for d in range(1, depth)
-        }
-        data = np.empty((rows, row_bytes(kind, stack.cols)), np.uint8)
-        for index, (start, stop) in enumerate(ranges):
-            chunk = Chunk(stack, depth, expert, index, len(ranges), start, stop)
-            data[start:stop] = self._codec.decode(chunk, parts.__getitem__).reshape(
-                stop - start, -1
-            )
+        data = np.empty((stack.n_rows, row_bytes(kind, stack.cols)), np.uint8)
+        for chunk in chunks_of(stack, depth, expert, self._artifact.manifest.chunk_weights):
+            blocks = np.frombuffer(self._decoder.decode(chunk), np.uint8)
+            data[chunk.start : chunk.stop] = blocks.reshape(chunk.stop - chunk.start, -1)
         return PackedBlocks(kind, torch.from_numpy(data).to(self.device))
 
 

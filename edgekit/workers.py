@@ -6,16 +6,16 @@ so that order, place and repetition of a job change nothing in it.
 """
 
 import socket
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
 
 from edgekit.codecs import CODECS
-from edgekit.codecs.job import InOrder, one_by_one
+from edgekit.codecs.job import one_by_one
 from edgekit.encode import Encoder, Task, open_encoder
 from edgekit.errors import EdgekitError
 
@@ -24,60 +24,45 @@ RETRIES = 5  # of a job whose worker is lost
 Engine = Callable[[Encoder, Task, Sequence[int], int, str | None], Iterator[int]]
 
 
-def encode_alone(encoder: Encoder, index: int, in_order: InOrder = one_by_one) -> int:
-    """Encode a tensor with one thread of the linear algebra: its sums depend on their number."""
-    with _limits:
-        encoder.encode(index, in_order)
+def encode_alone(task: Task, index: int) -> int:
+    """Encode a tensor in a process that has only the files of ``task``."""
+    with _one_thread():
+        open_encoder(task).encode(index, one_by_one)
     return index
 
 
-class _OneThread:
-    """One thread of the linear algebra while any job of this process runs."""
-
-    def __init__(self) -> None:
-        self._lock, self._n_inside = threading.Lock(), 0
-        self._limits: Any = None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._limits is None:
-                self._limits = _limited()
-            self._n_inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._n_inside -= 1
-            if self._n_inside == 0 and self._limits is not None:
-                self._limits.restore_original_limits()
-                self._limits = None
-
-
-def _limited() -> Any:
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread of the linear algebra in this process: its sums depend on their number."""
     try:
         from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise EdgekitError(
             f"converting needs {error.name}; pip install 'edgekit[convert]'"
         ) from error
-    return threadpool_limits(1, "blas")
-
-
-_limits = _OneThread()
+    with threadpool_limits(1, "blas"):
+        yield
 
 
 def run_local(
     encoder: Encoder, task: Task, indices: Sequence[int], n_jobs: int, address: str | None
 ) -> Iterator[int]:
     """Run on ``n_jobs`` threads of this process."""
-    pool = ThreadPoolExecutor(CODECS[task.codec].tensors_at_once or n_jobs)
-    chunks = ThreadPoolExecutor(n_jobs)
-    run = partial(encode_alone, encoder, in_order=partial(_in_order, chunks, 2 * n_jobs))
-    try:
-        for done in as_completed([pool.submit(run, index) for index in indices]):
-            yield done.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        chunks.shutdown(cancel_futures=True)
+    n_tensors = CODECS[task.codec].tensors_at_once or n_jobs
+    pool, chunks = ThreadPoolExecutor(n_tensors), ThreadPoolExecutor(n_jobs)
+    in_order = partial(_in_order, chunks, max(1, 2 * n_jobs // n_tensors))
+
+    def run(index: int) -> int:
+        encoder.encode(index, in_order)
+        return index
+
+    with _one_thread():
+        try:
+            for done in as_completed([pool.submit(run, index) for index in indices]):
+                yield done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            chunks.shutdown(cancel_futures=True)
 
 
 def _in_order(pool: Executor, n_ahead: int, tasks: Iterable[Callable[[], Any]]) -> Iterator[Any]:
@@ -162,15 +147,11 @@ def _reach(address: str | None) -> None:
 
 
 def _results(ray: Any, task: Task, indices: Sequence[int]) -> Iterator[int]:
-    remote = ray.remote(_remote_job).options(num_cpus=1, max_retries=RETRIES)
+    remote = ray.remote(encode_alone).options(num_cpus=1, max_retries=RETRIES)
     running = [remote.remote(task, index) for index in indices]
     while running:
         done, running = ray.wait(running)
         yield from ray.get(done)
-
-
-def _remote_job(task: Task, index: int) -> int:
-    return encode_alone(open_encoder(task), index)
 
 
 ENGINES: Mapping[str, Engine] = {"local": run_local, "ray": run_on_ray}

@@ -1,15 +1,17 @@
 """Products of packed bitstack levels with a vector or a small batch, and their dense tiles.
 
 `matmul` reads signs and factors and never writes the weight: per tile of rows and columns it makes
-``u @ v`` on tensor cores, turns signs, and multiplies with ``x``, level upon level. From
-`FUSED_BATCH` on a tile is written once for many columns of ``x`` instead (`dense`).
+``u @ v`` on tensor cores, turns signs, and multiplies with ``x``, level upon level. Beyond
+`FUSED_BATCH` columns of ``x`` some rows of the weight are written at a time instead, and used for
+all of them.
 
 Bytes read per weight and level: 1/8 for the sign, and ``rank * (1 / rows + 1 / cols)`` for factors
 of 8 bits; operations: ``2 * rank + 2``, all but two of them on tensor cores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,12 +104,25 @@ def matmul(levels: Sequence[PackedLevel], x: Tensor) -> Tensor:
         return matmul_ref(levels, x)
     from edgekit.kernels.bitstack_triton import launch_dense, launch_matmul
 
+    fused, dense = partial(launch_matmul, levels), partial(launch_dense, levels, x.dtype)
+    return by_batch(x, levels[0].shape[0], fused, dense)
+
+
+def by_batch(
+    x: Tensor, rows: int, fused: Callable[[Tensor], Tensor], dense: Callable[[int, int], Tensor]
+) -> Tensor:
+    """Multiply ``x`` ``[..., cols]`` with a transposed weight in the way its batch asks for.
+
+    Args:
+        x: Up to `FUSED_BATCH` vectors, or more.
+        rows: Of the weight.
+        fused: Multiplies ``[batch, cols]`` without writing the weight.
+        dense: Writes the weight's rows ``[start, stop)``.
+    """
     flat = x.reshape(-1, x.shape[-1])
     if len(flat) <= FUSED_BATCH:
-        return launch_matmul(levels, flat).reshape(*x.shape[:-1], -1)
-    rows = levels[0].shape[0]
-    parts = [
-        flat @ launch_dense(levels, x.dtype, start, min(start + SLAB_ROWS, rows)).T
-        for start in range(0, rows, SLAB_ROWS)
-    ]
-    return torch.cat(parts, dim=-1).reshape(*x.shape[:-1], -1)
+        y = fused(flat)
+    else:
+        edges = range(0, rows, SLAB_ROWS)
+        y = torch.cat([flat @ dense(at, min(at + SLAB_ROWS, rows)).T for at in edges], dim=-1)
+    return y.reshape(*x.shape[:-1], -1)

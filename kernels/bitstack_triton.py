@@ -10,12 +10,12 @@ from torch import Tensor
 
 from edgekit.kernels.bitstack_matmul import BATCH_TILE, COL_TILE, ROW_TILE, PackedLevel
 
-POINTERS = 5  # of a level in the table: u, v, scales of both, signs
 UNIT = 1 / 127**2  # products of 8-bit factors become at most about the rank
 
 
 @triton.jit
 def _pointer(table, level, which: tl.constexpr, kind: tl.constexpr):
+    # a row of the table: u, v, their scales, signs
     return tl.load(table + level * 5 + which).to(tl.pointer_type(kind))
 
 

@@ -5,12 +5,13 @@ small function per family of types. Bytes read per weight are those of the block
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from edgekit.kernels import blocks
-from edgekit.kernels.bitstack_matmul import FUSED_BATCH, SLAB_ROWS
+from edgekit.kernels.bitstack_matmul import by_batch
 from edgekit.kernels.ggml import TYPES, dequantize
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -63,12 +64,5 @@ def matmul(matrix: PackedBlocks, x: Tensor) -> Tensor:
         return matmul_ref(matrix, x)
     from edgekit.kernels.block_triton import launch_dense, launch_matmul
 
-    flat = x.reshape(-1, x.shape[-1])
-    if len(flat) <= FUSED_BATCH:
-        return launch_matmul(matrix, flat).reshape(*x.shape[:-1], -1)
-    rows = matrix.shape[0]
-    parts = [
-        flat @ launch_dense(matrix, x.dtype, start, min(start + SLAB_ROWS, rows)).T
-        for start in range(0, rows, SLAB_ROWS)
-    ]
-    return torch.cat(parts, dim=-1).reshape(*x.shape[:-1], -1)
+    fused, dense = partial(launch_matmul, matrix), partial(launch_dense, matrix, x.dtype)
+    return by_batch(x, matrix.shape[0], fused, dense)

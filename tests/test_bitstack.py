@@ -23,6 +23,8 @@ from edgekit.kernels import ggml
 from edgekit.kernels.bitstack_level import from_bytes
 from edgekit.kernels.bitstack_rows import add_levels
 from edgekit.kernels.decompose import Settings
+from edgekit.manifest import self_hash
+from edgekit.manifest_reader import loads
 from edgekit.materialize import materialize
 from edgekit.plan import plan_tier, plan_weights
 from edgekit.planner import average_order, fill, packed_bytes, resident_step
@@ -81,7 +83,7 @@ def tensors_of(artifact: Artifact, tier: str, folder: Path) -> dict[str, np.ndar
 def packed_values(artifact: Artifact, name: str, depth: int, expert: int) -> np.ndarray:
     """What the levels of a tensor add up to, read from their bytes."""
     stack = artifact.stack(name)
-    rows = stack.n_weights // stack.cols // stack.n_experts
+    rows = stack.n_rows
     values = np.zeros((rows, stack.cols), np.float32)
     if stack.tiers[1] == "R1":
         base = np.frombuffer(artifact.part(stack.levels[0], expert), np.uint8)
@@ -174,6 +176,22 @@ def test_any_prefix_of_the_levels_is_a_model(artifact, tmp_path):
                 assert sum(len(block) for block in gguf.stream()) == gguf.size
 
 
+@pytest.mark.parametrize(
+    "lie", [{"type": "IQ1_S"}, {"type": "Q9_K"}, {"type": ""}, {"tier": "B2"}, {"tier": "R2"}]
+)
+def test_a_level_that_the_codec_cannot_have_written_is_refused(artifact, lie):
+    """The manifest has the hash it should have; IQ1_S needs an importance matrix."""
+    body = json.loads((artifact / "edgekit.json").read_text())
+    level = next(lv for lv in body["levels"] if lv["tier"] in ("B1", "R1"))
+    level |= lie
+    for child in body["levels"]:
+        if child["tensor"] == level["tensor"] and child["parent"] in ("B1", "R1"):
+            child["parent"] = level["tier"]
+    body["sha256"] = self_hash(body)
+    with pytest.raises(RefusedError, match="gives no level|cannot be|tier twice"):
+        loads(json.dumps(body).encode())
+
+
 def test_a_flipped_bit_is_found_before_it_is_used(artifact, tmp_path):
     bad = tmp_path / "bad"
     shutil.copytree(artifact, bad)
@@ -191,11 +209,9 @@ def test_no_plan_takes_a_depth_that_is_worse_than_one_below(artifact):
     """Steps B1 and B2 are worse than the base they replace: no plan has them."""
     with open_artifact(artifact) as opened:
         order = opened.manifest.resident_order
-        for n_bytes in np.linspace(4e5, 3e6, 40):
-            try:
-                depths = fill(opened.stacks, order, int(n_bytes))
-            except Exception:
-                continue
+        least, most = (plan_tier(opened, t).depths.weights_bytes for t in (B[0], B[-1]))
+        for n_bytes in np.linspace(least, most, 40):
+            depths = fill(opened.stacks, order, int(n_bytes))
             for stack in opened.stacks:
                 depth = stack.depth_of(depths.tier(stack.name)) - 1
                 assert stack.levels[depth].loss <= min(lv.loss for lv in stack.levels[: depth + 1])
@@ -219,7 +235,7 @@ def test_packed_bytes_are_those_of_the_levels(artifact):
                 assert packed_bytes(stack, stack.tiers[2]) == sum(lv.n_bytes for lv in levels)
 
 
-def test_jobs_and_resume_change_nothing(checkpoint, tmp_path):
+def test_the_number_of_jobs_changes_nothing(checkpoint, tmp_path):
     def contents(folder: Path) -> dict[str, bytes]:
         return {p.name: p.read_bytes() for p in folder.iterdir()}
 
@@ -235,8 +251,7 @@ def test_column_groups_convert_and_come_back(checkpoint, tmp_path):
     with open_artifact(made) as opened:
         got = tensors_of(opened, "source", tmp_path)
         stack = next(s for s in opened.stacks if len(s.levels) > 1)
-        rows = stack.n_weights // stack.cols // stack.n_experts
-        level = from_bytes(opened.part(stack.levels[1], 0), rows, stack.cols)
+        level = from_bytes(opened.part(stack.levels[1], 0), stack.n_rows, stack.cols)
     assert (level.group, level.rank) == (32, 1)
     for name, wanted in matrices(checkpoint).items():
         np.testing.assert_array_equal(got[name], wanted.reshape(-1), name)

@@ -113,6 +113,26 @@ def test_resident_weights_are_the_manifest_s_bytes_and_follow_the_depth(folder, 
         assert tensors() == before
 
 
+@pytest.mark.parametrize("kind", ["B", "R"])
+def test_a_change_of_depth_reads_what_it_adds_and_nothing_else(folder, kind, monkeypatch):
+    with open_artifact(converted(folder, "llama", kind)) as artifact:
+        low, high = (plan_tier(artifact, TIERS[kind][i]).depths for i in (1, 2))
+        read, part = list[str](), artifact.part
+
+        def noted(level, expert=0) -> memoryview:
+            read.append(level.tier)
+            return part(level, expert)
+
+        monkeypatch.setattr(artifact, "part", noted)
+        model = TorchModel(artifact, low)
+        read.clear()
+        model.weights.set_depths(high)
+        assert set(read) == {TIERS[kind][2]}
+        read.clear()
+        model.weights.set_depths(low)
+        assert read == []
+
+
 def test_an_artifact_without_its_config_is_told(folder, tmp_path):
     with open_artifact(converted(folder, "llama", "nested")) as artifact:
         manifest = artifact.manifest

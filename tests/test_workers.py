@@ -47,10 +47,10 @@ def test_a_process_that_has_only_the_files_writes_the_same_bytes(checkpoint, tmp
     n = len(map_checkpoint(Checkpoint.open(checkpoint)).tensors)
     assert sorted(run_local(open_encoder(task), task, range(n), 2, None)) == list(range(n))
     code = (
-        "import sys; from pathlib import Path; from edgekit.encode import *; "
+        "import sys; from pathlib import Path; from edgekit.encode import Task; "
         "from edgekit.workers import encode_alone; a, b = map(Path, sys.argv[1:3]); "
         f"t = Task(a, b, 'bitstack', {TIERS}, 0, None, None); "
-        f"[encode_alone(open_encoder(t), i) for i in range({n})]"
+        f"[encode_alone(t, i) for i in range({n})]"
     )
     subprocess.run([sys.executable, "-c", code, checkpoint, other.spool], check=True)
     wanted = contents(task.spool)
@@ -101,7 +101,7 @@ def kill_a_worker(stop: threading.Event, killed: list[int]) -> None:
     """Kill the first process that works on a job for Ray."""
     while not stop.is_set() and not killed:
         for process in psutil.process_iter(["cmdline"]):
-            if "ray::_remote_job" in " ".join(process.info["cmdline"] or ()):
+            if "ray::encode_alone" in " ".join(process.info["cmdline"] or ()):
                 process.send_signal(signal.SIGKILL)
                 killed.append(process.pid)
                 break

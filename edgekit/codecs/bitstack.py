@@ -6,7 +6,7 @@ Level 0 is a plain stock type, the base. Above it stand the levels of one of two
   (arXiv 2410.23918). The base is a model of its own, for readers of GGUF files and for artifacts
   that were cut; ``B`` levels do without it.
 - ``R1, R2, ...`` take what the base leaves of the weights, which is more even than weights are, so
-  that a sign says more: each level divides the error by 3.5 instead of 2.2 to 3.
+  that a sign says more: docs/bitstack.md has how much more.
 
 A level's bytes are those of `edgekit.kernels.bitstack_level`. For llama.cpp a depth becomes, tensor
 by tensor, the cheapest stock type whose error raises the total by no more than `SHARE`; the level
@@ -163,10 +163,9 @@ def encode(source: Source, job: Job, file: BinaryIO, in_order: InOrder) -> Tenso
         *(row[1 + kinds.index(k)] for row, k in zip(totals[1:], chosen, strict=True)),
     ]
     losses = rounded(job.sensitivity.losses(np.array(errors), energy))
-    rest = (chain[-1] == SOURCE) * 1
-    return TensorRecord(
-        source.name, chain, losses + (0.0,) * rest, tuple(sizes), ("", *chosen) + ("",) * rest
-    )
+    n_rest = int(chain[-1] == SOURCE)
+    types = ("", *chosen, *("",) * n_rest)
+    return TensorRecord(source.name, chain, losses + (0.0,) * n_rest, tuple(sizes), types)
 
 
 def _kinds(source: Source) -> list[str]:
@@ -277,37 +276,38 @@ def best_exponent(
     leaves to the next ones is more even.
     """
     step = max(1, weights.size // SEARCH_WEIGHTS)
-    some, rows = np.ascontiguousarray(weights[::step]), row_weights[::step]
+    some, rows = weights[::step], row_weights[::step]
     if np.ptp(rows) == 0 and np.ptp(col_weights) == 0:
         return EXPONENTS[0]
 
     def cost(exponent: float) -> float:
         left = some.copy()
         scales = _power(rows, exponent), _power(col_weights, exponent)
-        values = np.zeros_like(some)
-        for level in decompose(some, SEARCH_LEVELS, settings, *scales):
-            add_levels([level], values)
-        left -= values
+        for _ in decompose(left, SEARCH_LEVELS, settings, *scales, overwrite=True):
+            pass  # what they leave is what counts
         return float(rows @ np.einsum("ij,ij,j->i", left, left, col_weights))
 
     return min(EXPONENTS, key=cost)
 
 
 def gives(stack: Stack, level: Level) -> bool:
-    """Whether the level is the next step of its stack's ladder, or ``source`` on top of it."""
+    """Whether the level is the next step of its stack's ladder, or ``source`` on top of it.
+
+    A step becomes what ggml quantizes to without an importance matrix.
+    """
     depth = stack.tiers.index(level.tier)
     if level.tier == SOURCE:
         return not level.type and stack.source_type in CHILDREN
     step, first = _step(level.tier), _step(stack.tiers[1])
-    return bool(step and first and step == (first[0], depth) and level.type in TYPES)
+    is_next = step is not None and first is not None and step == (first[0], depth)
+    return is_next and level.type in TYPES and not TYPES[level.type].needs_imatrix
 
 
 def open_part(part: memoryview, stack: Stack, depth: int, n_chunks: int) -> object:
     """A level of the whole matrix; the payloads of ``source``."""
     if stack.tiers[depth] == SOURCE:
         return split_frames(part, n_chunks)
-    rows = stack.n_weights // stack.cols // stack.n_experts
-    return bitstack_level.from_bytes(part, rows, stack.cols)
+    return bitstack_level.from_bytes(part, stack.n_rows, stack.cols)
 
 
 def decode(chunk: Chunk, opened: Opened) -> ByteArray:

@@ -7,6 +7,7 @@ then `torch.matmul`.
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,15 @@ import torch
 pytest.importorskip("triton", reason="pip install 'edgekit[gpu]'")
 
 from edgekit.kernels import bitstack_matmul, bitstack_triton, block_matmul, block_triton
-from edgekit.kernels.bitstack_matmul import PackedLevel, dense_ref, matmul, packed
+from edgekit.kernels.bitstack_matmul import (
+    FUSED_BATCH,
+    SLAB_ROWS,
+    PackedLevel,
+    by_batch,
+    dense_ref,
+    matmul,
+    packed,
+)
 from edgekit.kernels.bitstack_rows import add_levels
 from edgekit.kernels.block_matmul import PackedBlocks
 from edgekit.kernels.decompose import Settings, decompose
@@ -49,6 +58,11 @@ def assert_close(got, exact, naive):
     assert (got.double() - exact).abs().max() <= allowed
 
 
+def cut_off(values):
+    """How Triton's interpreter makes bfloat16 of float32; GPUs round."""
+    return (values.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_product_is_as_exact_as_plain_torch(levels, dtype, batch):
@@ -72,10 +86,10 @@ def test_dense_tiles_are_as_exact_as_plain_torch(levels, dtype):
     exact, naive = (dense_ref(levels, t) for t in (torch.float64, torch.float32))
     got = bitstack_triton.launch_dense(levels, dtype, 7, 41)
     assert got.shape == (34, 150)
-    # Triton's interpreter cuts bfloat16 off where GPUs round
-    cut = dtype == torch.bfloat16 and DEVICE == "cpu"
-    naive = naive[7:41].to(dtype)
-    assert_close(got, exact[7:41], naive - 2**-8 * naive.abs().max() if cut else naive)
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        assert torch.equal(got, cut_off(bitstack_triton.launch_dense(levels, torch.float32, 7, 41)))
+    else:
+        assert_close(got, exact[7:41], naive[7:41].to(dtype))
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (33, 129), (32, 128), (64, 16)])
@@ -101,6 +115,22 @@ def test_leading_dimensions_are_kept(levels):
     x = gaussian(2, 3, 150).to(DEVICE)
     assert matmul(levels, x).shape == (2, 3, 45)
     assert bitstack_matmul.matmul_ref(levels, x).shape == (2, 3, 45)
+
+
+@pytest.mark.parametrize("batch", [FUSED_BATCH, FUSED_BATCH + 1])
+def test_small_batches_are_fused_and_large_ones_take_the_weight_slab_by_slab(batch):
+    rows, slabs = SLAB_ROWS + 5, list[int]()
+    some = [packed(level, DEVICE) for level in decompose(gaussian(rows, 24).numpy(), 2)]
+    x = gaussian(batch, 24, seed=6).to(DEVICE)
+
+    def dense(start, stop):
+        slabs.append(stop - start)
+        return bitstack_triton.launch_dense(some, x.dtype, start, stop)
+
+    got = by_batch(x[None], rows, partial(bitstack_triton.launch_matmul, some), dense)
+    assert slabs == ([] if batch == FUSED_BATCH else [SLAB_ROWS, 5])
+    exact = x.double() @ dense_ref(some, torch.float64).T
+    assert_close(got[0], exact, x @ dense_ref(some, torch.float32).T)
 
 
 BLOCKS = sorted(block_triton.FAMILY)
