@@ -214,7 +214,7 @@ class Engine:
     def _opened_paged(self, plan: Plan, paged: Paged, threads: int, watch: Watch | None) -> Model:
         """Dense weights decoded into memory, experts left to a pager."""
         names = frozenset(stack.name for stack in expert_stacks(self._artifact.stacks))
-        memory = ExpertMemory()
+        prefetcher, memory = self._prefetcher(paged), ExpertMemory()
         n_decoders = decoders(shape_in(self._artifact), plan.memory, threads)
         with Assembly(self._artifact, plan.depths, n_decoders, without=names) as assembly:
             store = self._store(plan, assembly, names, n_decoders)
@@ -234,7 +234,7 @@ class Engine:
         options = PagerOptions(
             paged.pool_bytes,
             readers,
-            self._prefetcher(paged),
+            prefetcher,
             self._artifact.manifest.architecture in ROUTES_EARLY,
         )
         self._pager = Pager(memory, paged.n_experts, store, options)
@@ -248,7 +248,7 @@ class Engine:
         if self._settings.prefetch == "gate":
             return gate_guess(self._artifact, n_blocks, paged.n_used)
         if self._settings.prefetch == "table":
-            return table_guess(manifest.experts, n_blocks)
+            return table_guess(manifest.experts, n_blocks, paged.n_experts, paged.n_used)
         return None
 
     def _store(

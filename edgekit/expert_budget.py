@@ -18,7 +18,6 @@ from edgekit.stack import Stack
 PAGE = mmap.PAGESIZE
 # Experts that are being read and decoded, the threads that do it, and what they keep
 PAGING_BYTES = 12 << 20
-RHO = 2  # a cache of twice the experts that a token takes is the usual best trade
 
 
 @dataclass(frozen=True)

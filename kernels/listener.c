@@ -80,7 +80,7 @@ static int32_t take(listener_t *l, const void *tensor, int32_t block, bool *miss
 EXPORT bool listener_eval(void *tensor, bool ask, void *user) {
     listener_t *l = user;
     const char *name = l->get_name(tensor);
-    if (name[0] != 'f' || name[3] != '_') return false == ask;
+    if (name[0] != 'f' || name[3] != '_') return !ask; /* names are arrays of 64 */
     if (ask) return wanted(l, tensor, name);
     l->tensor = tensor;
     int32_t block = block_of(name, "ffn_moe_topk-");

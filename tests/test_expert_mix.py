@@ -4,9 +4,9 @@ from itertools import product
 
 import numpy as np
 import pytest
+from bench.expert_mix import measured_costs, mixed_tiers
 
 from edgekit.errors import DoesNotFitError
-from edgekit.expert_mix import measured_costs, mixed_tiers
 from edgekit.planner import fill, load_order, resident_bytes, resident_step
 from edgekit.stack import Level, Part, Stack
 

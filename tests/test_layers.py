@@ -41,7 +41,6 @@ LAYERS = (
     {
         "assembly",
         "expert_budget",
-        "expert_mix",
         "model_card",
         "onnx_artifact",
         "probe_model",

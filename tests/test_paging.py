@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,13 +18,16 @@ from converted import plain, tiny
 
 from edgekit.artifact import open_artifact
 from edgekit.cli import main
+from edgekit.decode import chunks_of
 from edgekit.engine import Engine, Settings
 from edgekit.errors import DoesNotFitError, EdgekitError, RefusedError, UsageError
+from edgekit.expert_budget import expert_bytes
 from edgekit.expert_plan import plan_any, plan_paged
 from edgekit.llama import Context, Listener, open_model
 from edgekit.loader import load
 from edgekit.materialize import materialize
 from edgekit.paging import Pager
+from edgekit.paging.store import LevelStore
 from edgekit.plan import Plan
 from edgekit.routing.eviction import RANKS
 
@@ -233,6 +238,65 @@ def test_a_disk_that_fails_ends_with_one_line_and_the_conversation_is_whole(qwen
     with paged(qwen, 3) as (engine, _, _):
         whole = [engine.context.decode([token]) for token in ids]
     assert np.array_equal(np.concatenate(after), np.concatenate(whole[n:]))
+
+
+def test_whoever_stops_waiting_leaves_no_room_taken_behind(qwen, monkeypatch):
+    with paged(qwen, 3) as (engine, _, pager):
+        ids, started, go_on = tokens(60), threading.Event(), threading.Event()
+        real = os.preadv
+
+        def slow(*args: Any) -> int:
+            started.set()
+            assert go_on.wait(60)
+            return real(*args)
+
+        def interrupt() -> None:
+            assert started.wait(60)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            go_on.set()
+
+        for token in ids[:20]:
+            engine.context.decode([token])
+        monkeypatch.setattr(os, "preadv", slow)
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            for token in ids[20:]:
+                engine.context.decode([token])
+        thread.join()
+        n = len(engine.context.tokens)
+        after = [engine.context.decode([token]) for token in ids[n:]]
+        resident = pager.listener.uses.resident.sum(axis=1)
+        sizes = [block.expert_bytes for block in pager.pool._blocks]
+        assert pager.pool.used_bytes == resident @ sizes
+    with paged(qwen, 3) as (engine, _, _):
+        whole = [engine.context.decode([token]) for token in ids]
+    assert np.array_equal(np.concatenate(after), np.concatenate(whole[n:]))
+
+
+def test_every_level_of_an_expert_is_read_once_in_however_many_chunks(tmp_path, monkeypatch):
+    for module in ("convert", "encode"):
+        monkeypatch.setattr(f"edgekit.{module}.CHUNK_WEIGHTS", 1 << 10)
+    checkpoint = tiny(tmp_path / "c", "qwen3_moe", dtype="bfloat16", width="wide")
+    artifact = plain(checkpoint, tmp_path / "a", TIERS).artifact
+    real, n_read = os.preadv, 0
+
+    def counting(descriptor: int, views: list[memoryview], offset: int) -> int:
+        nonlocal n_read
+        n = real(descriptor, views, offset)
+        n_read += n
+        return n
+
+    monkeypatch.setattr(os, "preadv", counting)
+    with open_artifact(artifact) as opened:
+        depths = plan_paged(opened, 1 << 40, 512, expert_cache=4).depths
+        stack = next(s for s in opened.stacks if s.name.endswith("_exps.weight"))
+        store = LevelStore(opened, depths)
+        into = memoryview(bytearray(expert_bytes(stack, depths.tier(stack.name))))
+        told = store.read(stack.name, 1, into)
+        store.close()
+    assert len(list(chunks_of(stack, 2, 1, 1 << 10))) > 2
+    assert told == n_read == sum(level.parts[1].n_bytes for level in stack.levels[:2])
 
 
 def test_experts_are_paged_when_not_even_the_lowest_depth_fits(tmp_path):

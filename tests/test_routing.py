@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgekit.cli.experts import print_experts
 from edgekit.errors import EdgekitError, RefusedError, UnknownNameError, UsageError
+from edgekit.paging.prefetch import table_guess
 from edgekit.routing.consistency import sch, srp
 from edgekit.routing.eviction import RANKS, Uses, victims
 from edgekit.routing.facts import check_experts, hit_rate
@@ -60,7 +62,19 @@ def test_published_lines_of_json_are_read_in_any_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no json", b'{"layer": 0}', b'{"layer":0,"token_idx":0,"experts":"x"}', b"[]"]
+    "content",
+    [
+        b"",
+        b"no json",
+        b"[]",
+        b"[" * 100_000,
+        b'{"layer": 0}',
+        b'{"layer":0,"token_idx":0,"experts":"x"}',
+        b'{"layer":0,"token_idx":0,"experts":[%d]}' % 2**80,
+        b'{"layer":0,"token_idx":0,"experts":[0.5]}',
+        b'{"layer":1e999,"token_idx":0,"experts":[0]}',
+        b'{"layer":0,"token_idx":0,"experts":[0],"gating_probs":[1e9]}',
+    ],
 )
 def test_what_is_no_trace_is_refused(content, tmp_path):
     (tmp_path / "t").write_bytes(content)
@@ -89,6 +103,36 @@ def test_a_trace_with_a_lie_in_it_is_refused(name, value, tmp_path):
         arrays = dict(data)
     np.savez(path, **(arrays | {name: value}))
     with pytest.raises(RefusedError):
+        read_trace(path)
+
+
+def test_a_trace_with_wrong_bytes_is_read_or_refused(tmp_path):
+    path, random = tmp_path / "t.npz", np.random.default_rng(0)
+    write_trace(random_trace(), path)
+    whole, n_refused = path.read_bytes(), 0
+    for _ in range(400):
+        broken = bytearray(whole)
+        broken[random.integers(len(broken))] = random.integers(256)
+        path.write_bytes(broken)
+        try:
+            read_trace(path)
+        except RefusedError:
+            n_refused += 1
+    assert n_refused > 200
+
+
+def test_a_trace_that_claims_more_than_memory_is_refused(tmp_path):
+    path = tmp_path / "t.npz"
+    write_trace(random_trace(), path)
+    with zipfile.ZipFile(path) as archive:
+        members = {item.filename: archive.read(item) for item in archive.infolist()}
+    head, claim = b"(300, 3, 2), }" + b" " * 12, b"(300" + b"0" * 12 + b", 3, 2), }"
+    assert head in members["experts.npy"] and len(head) == len(claim)
+    members["experts.npy"] = members["experts.npy"].replace(head, claim)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    with pytest.raises(RefusedError, match="no trace"):
         read_trace(path)
 
 
@@ -263,11 +307,38 @@ def test_hit_rates_are_interpolated_between_measured_sizes():
         {"hit_curves": [{"policy": "pool", "experts_per_layer": [2], "hit_rate": [1.5]}]},
         {"hit_curves": "x"},
         {"recommended": {"experts_per_layer": 99}},
+        {"srp": [{"segment": 4}]},
+        {"sch": [{"segment": 4, "rho": 1, "model": "x"}]},
+        {"trace": []},
+        {"verdict": 1},
+        {"top_share": None},
+        {"layers": None},
+        {"layers": [0]},
+        {"next_layer": [[[[8, 1]]] * 8] * 2},
+        {"next_layer": [[[[0, -1]]] * 8] * 2},
+        {"next_layer": [[[[0, 1]]] * 7] * 2},
     ],
 )
 def test_expert_facts_that_cannot_be_are_refused(lie):
     with pytest.raises(EdgekitError):
         check_experts(summarize(random_trace()) | lie)
+
+
+def test_facts_that_only_planning_needs_can_be_shown(capsys):
+    facts = summarize(random_trace())
+    least = {key: facts[key] for key in ("n_experts", "n_used", "recommended")} | {"hit_curves": []}
+    print_experts(check_experts(least))
+    assert "How local routing is" in capsys.readouterr().out
+
+
+def test_transitions_of_another_model_are_refused():
+    facts = summarize(random_trace())
+    guess = table_guess(facts, 3, 8, 2)
+    assert [table is None for table in guess.tables] == [False, False, True]
+    with pytest.raises(RefusedError, match="the model has 16"):
+        table_guess(facts, 3, 16, 2)
+    with pytest.raises(UsageError, match="--prefetch gate"):
+        table_guess({}, 3, 8, 2)
 
 
 def test_a_text_of_a_trace_is_named_in_it(tmp_path: Path):

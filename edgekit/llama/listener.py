@@ -2,8 +2,8 @@
 
 llama.cpp's ``cb_eval`` is asked about every node of a graph. A listener has the graph stopped after
 ``ffn_moe_topk-<block>`` and is told of experts that are not resident; what it does about them is
-done when the graph goes on. kernels/listener.c is the same without Python in between: `_Native`
-calls it, `_evaluate` is its definition and runs where nothing was compiled.
+done when the graph goes on. kernels/listener.c is the same without Python in between; `_evaluate`
+is its definition and runs where nothing was compiled.
 """
 
 import ctypes

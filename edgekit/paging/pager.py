@@ -189,22 +189,21 @@ class Pager:
     def _finish(self, block: int, experts: Iterable[int]) -> None:
         """Wait for experts that are being read, and mark them."""
         for expert in experts:
-            reads = self._reading.pop((block, expert))
-            wait(reads)
+            reads = self._reading[block, expert]
             try:
                 self._stats.bytes_read += sum(read.result() for read in reads)
-            except BaseException:
-                self.pool.give_up(block, [expert])
+            except BaseException:  # also of who waits: Ctrl-C
                 self._abandon()
                 raise
+            del self._reading[block, expert]
             self.pool.filled(block, [expert])
 
     def _abandon(self) -> None:
-        """Forget every read that was begun, once it has ended."""
-        for (block, expert), reads in self._reading.items():
+        """Forget every read that was begun, each once it has ended."""
+        for (block, expert), reads in list(self._reading.items()):
             wait(reads)
+            del self._reading[block, expert]
             self.pool.give_up(block, [expert])
-        self._reading.clear()
 
     def _settle(self, block: int, chosen: npt.NDArray[np.int64]) -> None:
         """Take over what was read ahead for this block, and see how good the guess was."""

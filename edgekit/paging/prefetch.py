@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.artifact import Artifact
-from edgekit.errors import UsageError
+from edgekit.errors import RefusedError, UsageError
+from edgekit.kernels.ggml import dequantize
 from edgekit.llama import Listener
 from edgekit.llama.listener import Ids
 from edgekit.routing.trace import Json
@@ -98,28 +99,35 @@ def gate_guess(artifact: Artifact, n_blocks: int, n_used: int) -> GateGuess:
     return GateGuess([router(block) for block in range(n_blocks)], n_used, eps)
 
 
-def table_guess(experts: Json, n_blocks: int) -> TableGuess:
-    """Take the transitions of a manifest's ``experts``.
+def table_guess(experts: Json, n_blocks: int, n: int, n_used: int) -> TableGuess:
+    """Take the transitions of a manifest's ``experts``, for a model with ``n`` experts in a layer.
 
     Raises:
         UsageError: There is no trace.
+        RefusedError: It is one of another model.
     """
-    if not experts:
+    if not experts.get("next_layer"):
         raise UsageError(
             "this artifact has no trace of its routers; convert it with calibration, or choose "
             "--prefetch gate"
         )
-    n, tables = experts["n_experts"], list[npt.NDArray[np.int64] | None]([None] * n_blocks)
+    if experts["n_experts"] != n:
+        raise RefusedError(
+            f"edgekit.json: the trace has {experts['n_experts']} experts in a layer, the model has "
+            f"{n}; get the artifact again, or leave --prefetch out"
+        )
+    tables = list[npt.NDArray[np.int64] | None]([None] * n_blocks)
     for block, layer in zip(experts["layers"], experts["next_layer"], strict=False):
         table = np.zeros((n, n), np.int64)
         for expert, successors in enumerate(layer):
             for successor, count in successors:
                 table[expert, successor] = count
-        if 0 <= block < n_blocks:
+        if 0 <= block < n_blocks - 1:
             tables[block] = table
-    return TableGuess(tables, experts["n_used"])
+    return TableGuess(tables, n_used)
 
 
 def _float32(artifact: Artifact, name: str) -> F32Array:
     stack = artifact.stack(name)
-    return np.frombuffer(artifact.part(stack.levels[0]), np.float32).reshape(stack.shape).copy()
+    blocks = np.frombuffer(artifact.part(stack.levels[0]), np.uint8)
+    return dequantize(stack.type_at(stack.tiers[0]), blocks).reshape(stack.shape)

@@ -76,7 +76,7 @@ class LevelStore:
         self._levels: OpenFile | None = None
         if manifest.levels.n_bytes:
             self._levels = OpenFile(artifact.folder / manifest.levels.name)
-        self._decoder = Decoder(CODECS[artifact.manifest.codec], self._part, n_kept=1)
+        self._codec = CODECS[artifact.manifest.codec]
         self._checked: set[tuple[bool, Part]] = set()
         self._lock = Lock()
 
@@ -87,9 +87,9 @@ class LevelStore:
         if depth == 1:
             self._read_part(stack.levels[0], expert, into)
             return len(into)
-        at = 0
+        at, decoder = 0, Decoder(self._codec, self._part, n_kept=depth)  # every level once
         for chunk in chunks_of(stack, depth, expert, self._artifact.manifest.chunk_weights):
-            block = self._decoder.decode(chunk)
+            block = decoder.decode(chunk)
             into[at : at + len(block)] = block
             at += len(block)
         return sum(level.parts[expert].n_bytes for level in stack.levels[:depth])

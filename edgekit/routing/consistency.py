@@ -1,10 +1,10 @@
 """How local routing is: SRP and SCH of a trace.
 
 Definitions of "Not All Models Suit Expert Offloading: On Local Routing Consistency of
-Mixture-of-Expert Models", arXiv 2505.16056; a test runs the authors' own code beside these.
+Mixture-of-Expert Models", arXiv 2505.16056; tests/bench/compare_moe_lrc.py runs the authors' own
+code beside these.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,10 +117,3 @@ def _sch_of(ids: Ids, n_experts: int, segment: int, cache: int) -> float:
             for expert in tokens[i + segment]:
                 ahead[expert] += 1
     return hits / ids.size
-
-
-def windows(trace: Trace, segment: int) -> Iterator[Ids]:
-    """Every segment of the trace, ``[segment, layers, used]``."""
-    for ids in trace.sequences():
-        for start in range(len(ids) - segment + 1):
-            yield ids[start : start + segment]

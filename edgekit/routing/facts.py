@@ -4,15 +4,18 @@ from typing import Any
 
 from edgekit.errors import RefusedError
 
-MAX_LAYERS, MAX_EXPERTS = 1 << 12, 1 << 16
+MAX_LAYERS, MAX_EXPERTS, MAX_COUNT = 1 << 12, 1 << 16, 1 << 40
+NUMBERS = {"srp": ("segment", "model", "cache_ratio"), "sch": ("segment", "rho", "model")}
 Json = dict[str, Any]
 
 
 def check_experts(experts: Json) -> Json:
     """Give ``experts`` back, what is read of it checked; one that is empty knows nothing.
 
+    Planning needs sizes, hit curves and the recommended cache; the rest may be absent.
+
     Raises:
-        RefusedError: A field that planning reads is missing or out of range.
+        RefusedError: A field is missing, of another kind or out of range.
     """
     if not experts:
         return experts
@@ -35,7 +38,46 @@ def check_experts(experts: Json) -> Json:
     if not isinstance(recommended, dict):
         raise RefusedError("edgekit.json: experts need a 'recommended' cache")
     _count(recommended, "experts_per_layer", n)
+    _check_told({"srp": [], "sch": [], "trace": {}, "verdict": "", "top_share": 0.0} | experts)
+    if not _is_table({"layers": [], "next_layer": []} | experts, n):
+        raise RefusedError("edgekit.json: experts' next_layer is no table of experts and counts")
     return experts
+
+
+def _check_told(experts: Json) -> None:
+    """What is only shown."""
+    for name, keys in NUMBERS.items():
+        if not all(_is_number(row.get(key)) for row in _objects(experts, name) for key in keys):
+            raise RefusedError(f"edgekit.json: experts' {name} needs numbers {', '.join(keys)}")
+    for key, kind in (("trace", dict), ("verdict", str)):
+        if not isinstance(experts[key], kind):
+            raise RefusedError(f"edgekit.json: experts' {key} is no {kind.__name__}")
+    if not _is_number(experts["top_share"]):
+        raise RefusedError("edgekit.json: experts' top_share is no number")
+
+
+def _is_table(experts: Json, n: int) -> bool:
+    """Whether ``next_layer`` has pairs of an expert and a count for each of ``n`` experts."""
+    layers, tables = experts["layers"], experts["next_layer"]
+    return (
+        isinstance(layers, list)
+        and all(type(layer) is int for layer in layers)
+        and isinstance(tables, list)
+        and len(tables) <= len(layers) <= MAX_LAYERS
+        and all(isinstance(table, list) and len(table) == n for table in tables)
+        and all(isinstance(pairs, list) for table in tables for pairs in table)
+        and all(_is_successor(pair, n) for table in tables for pairs in table for pair in pairs)
+    )
+
+
+def _is_successor(pair: object, n: int) -> bool:
+    if not isinstance(pair, list) or len(pair) != 2 or any(type(item) is not int for item in pair):
+        return False
+    return 0 <= pair[0] < n and 0 <= pair[1] <= MAX_COUNT
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def hit_rate(experts: Json, cache: float, policy: str = "pool") -> float | None:

@@ -9,6 +9,7 @@ and ``provenance``, JSON as bytes.
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -25,6 +26,9 @@ Ids = npt.NDArray[np.unsignedinteger[Any]]
 Json = dict[str, Any]
 MAX_BYTES = 1 << 31  # of a trace in memory: 100 M tokens of a small model
 MAX_EXPERTS = 1 << 16
+# What numpy, zipfile, zlib and json raise on bytes that lie
+UNREADABLE = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError)
+UNREADABLE += (RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
 ARRAYS = ("experts", "weights", "starts", "layers", "n_experts", "provenance")
 
 
@@ -84,11 +88,15 @@ def trace_of(
     """Make a trace of arrays, checked.
 
     Raises:
-        RefusedError: Shapes do not fit, an id is out of range, or a token has one twice.
+        RefusedError: Ids are no integers or out of range, a token has one twice, shapes do not fit,
+            or a weight is no finite float16.
     """
     layers = tuple(range(experts.shape[1])) if layers is None else layers
     kind = np.uint8 if n_experts <= 256 else np.uint16
-    kept = None if weights is None else weights.astype(np.float16)
+    if experts.dtype.kind not in "iu":
+        raise RefusedError(f"a trace has ids of {experts.dtype}, needed are whole numbers")
+    with np.errstate(over="ignore"):  # what overflows is refused
+        kept = None if weights is None else weights.astype(np.float16)
     trace = Trace(experts.astype(kind), n_experts, starts, layers, kept, dict(provenance or {}))
     if experts.size and not 0 <= experts.min() <= experts.max() < n_experts:
         raise RefusedError(f"a trace has ids up to {experts.max()} for {n_experts} experts")
@@ -128,15 +136,10 @@ def read_trace(path: Path) -> Trace:
         if zipfile.is_zipfile(path):
             return _read_npz(path)
         return _read_lines(path)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise RefusedError(f"{path} is no trace: {error}; make one with: edgekit trace") from error
+    except UNREADABLE as error:
+        raise RefusedError(
+            f"{path} is no trace: {error or type(error).__name__}; make one with: edgekit trace"
+        ) from error
 
 
 def _read_npz(path: Path) -> Trace:
@@ -206,3 +209,5 @@ def _check(trace: Trace, name: str) -> None:
         raise RefusedError(f"{name} has sequences that begin at {str(starts)[:80]}")
     if trace.weights is not None and trace.weights.shape != experts.shape:
         raise RefusedError(f"{name} has weights {trace.weights.shape} for {experts.shape}")
+    if trace.weights is not None and not np.isfinite(trace.weights).all():
+        raise RefusedError(f"{name} has weights that are no finite float16")

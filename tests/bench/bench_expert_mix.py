@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from expert_mix import measured_costs, mixed_tiers
 
 from edgekit.artifact import Artifact, open_artifact
 from edgekit.assembly import Assembly
 from edgekit.checkpoint import Checkpoint
+from edgekit.codecs import CODECS
 from edgekit.decode import Decoder, chunks_of
 from edgekit.evaluate import Reference, evaluate
 from edgekit.expert_budget import expert_stacks
-from edgekit.expert_mix import measured_costs, mixed_tiers
 from edgekit.kernels.ggml import dequantize
 from edgekit.measure import highest_depths
 from edgekit.planner import Depths, fill, resident_bytes, tier_at, uniform
@@ -35,7 +36,7 @@ from edgekit.tracing import trace_checkpoint
 
 def weights_at(artifact: Artifact, stack: Stack, tier: str, expert: int) -> Any:
     """Weights of one expert at a tier, float32."""
-    decoder = Decoder(artifact.part)
+    decoder = Decoder(CODECS[artifact.manifest.codec], artifact.part)
     depth = stack.depth_of(tier)
     chunks = chunks_of(stack, depth, expert, artifact.manifest.chunk_weights)
     blocks = [np.frombuffer(decoder.decode(chunk), np.uint8) for chunk in chunks]

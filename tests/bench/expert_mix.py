@@ -5,13 +5,14 @@ one tier, their bytes stay within a budget, and the sum of costs is least. That 
 MC (Huang et al., arXiv 2410.06270, section 3.2) over tensors instead of experts, without its
 constraints on how many experts have how many bits. Solved exactly by HiGHS through SciPy.
 
-The planner's greedy order is within one level of this optimum at every budget and needs no solver
-on the device; this is what it is measured against (`tests/bench/bench_expert_mix.py`).
+The planner's greedy order needs no solver on the device; bench_expert_mix.py measures it against
+this.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from edgekit.errors import DoesNotFitError, EdgekitError
 from edgekit.planner import resident_bytes
@@ -30,14 +31,8 @@ def mixed_tiers(stacks: Sequence[Stack], weights_bytes: int, costs: Costs) -> di
 
     Raises:
         DoesNotFitError: The lowest tiers take more.
-        EdgekitError: SciPy is missing, or its solver gives up.
+        EdgekitError: The solver gives up.
     """
-    try:
-        from scipy.optimize import Bounds, LinearConstraint, milp
-    except ImportError as error:
-        raise EdgekitError(
-            "mixing tiers by integer program needs scipy; pip install edgekit[convert]"
-        ) from error
     choices = [(s.name, tier, resident_bytes(s, tier)) for s in stacks for tier in s.tiers]
     choices = [choice for choice in choices if choice[:2] in costs]
     rows = {stack.name: i for i, stack in enumerate(stacks)}
