@@ -5,6 +5,7 @@ from functools import lru_cache
 
 from edgekit.codecs.chunks import row_ranges
 from edgekit.codecs.job import Chunk, Codec
+from edgekit.kernels.ggml import ByteArray
 from edgekit.stack import Level, Stack
 
 ReadPart = Callable[[Level, int], memoryview]
@@ -29,14 +30,11 @@ class Decoder:
         self._opened = lru_cache(maxsize=n_kept)(self._open)
         self._stacks: dict[str, Stack] = {}
 
-    def decode(self, chunk: Chunk) -> memoryview:
-        """The blocks of a chunk, from its levels."""
+    def decode(self, chunk: Chunk, out: ByteArray) -> None:
+        """Put the blocks of a chunk into ``out``, uint8, flat, contiguous, `Chunk.n_bytes`."""
         name, expert, n_chunks = chunk.stack.name, chunk.expert, chunk.n_chunks
         self._stacks[name] = chunk.stack
-        blocks = self._codec.decode(
-            chunk, lambda depth: self._opened(name, depth, expert, n_chunks)
-        )
-        return blocks.data
+        self._codec.decode(chunk, lambda depth: self._opened(name, depth, expert, n_chunks), out)
 
     def forget(self) -> None:
         """Let go of what is kept."""

@@ -143,8 +143,7 @@ class Weights:
         kind = stack.type_at(stack.tiers[depth - 1])
         data = np.empty((stack.n_rows, row_bytes(kind, stack.cols)), np.uint8)
         for chunk in chunks_of(stack, depth, expert, self._artifact.manifest.chunk_weights):
-            blocks = np.frombuffer(self._decoder.decode(chunk), np.uint8)
-            data[chunk.start : chunk.stop] = blocks.reshape(chunk.stop - chunk.start, -1)
+            self._decoder.decode(chunk, data[chunk.start : chunk.stop].reshape(-1))
         return PackedBlocks(kind, torch.from_numpy(data).to(self.device))
 
 

@@ -116,11 +116,12 @@ class Native:
         return Level(np.array(level.limits, np.uint32), streams, rest)
 
     def decode(
-        self, parent_type: str, child_type: str, parent: ByteArray, packed: Level, n: int
-    ) -> ByteArray:
-        """Unpack the streams and do `nested_ref.join`."""
+        self, parent_type: str, child_type: str, parent: ByteArray, packed: Level, child: ByteArray
+    ) -> None:
+        """Unpack the streams and do `nested_ref.join` into ``child``, uint8, contiguous."""
+        assert child.flags.c_contiguous and child.dtype == np.uint8
         kind = TYPES[child_type]
-        child = np.empty(n // kind.block * kind.block_bytes, np.uint8)
+        n = child.nbytes // kind.block_bytes * kind.block
         keep, level = self._level(packed)
         failed = self._library.nested_decode(
             TYPES[parent_type].id, kind.id, n, parent.ctypes.data, child.ctypes.data,
@@ -137,7 +138,6 @@ class Native:
                 f"stream {failed - 1} of a level does not have the residuals that its parent "
                 "asks for; the level is corrupt or belongs to another parent"
             )
-        return child
 
     def add_signed_product(
         self,

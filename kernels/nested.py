@@ -72,14 +72,29 @@ def encode(parent_type: str, child_type: str, parent: ByteArray, child: ByteArra
 
 
 def decode(
-    parent_type: str, child_type: str, parent: ByteArray, level: Level, n_weights: int
+    parent_type: str,
+    child_type: str,
+    parent: ByteArray,
+    level: Level,
+    n_weights: int,
+    out: ByteArray | None = None,
 ) -> ByteArray:
     """Put a child of ``n_weights`` weights together from its parent and a level.
+
+    Args:
+        parent_type: Any key of `ggml.TYPES`.
+        child_type: One of `CHILDREN`.
+        parent: uint8, flat, the blocks of the same weights in ``parent_type``.
+        level: What `encode` gave.
+        n_weights: Whole blocks of ``child_type``.
+        out: uint8, flat, contiguous, of the child's size, where it is put; fresh memory without.
 
     Raises:
         RefusedError: The level's sizes do not agree, or do not fit the parent.
     """
-    n_bytes(_child_kind(child_type).name, n_weights)
+    needed = n_bytes(_child_kind(child_type).name, n_weights)
+    child = np.empty(needed, np.uint8) if out is None else out
+    assert child.shape == (needed,)
     parent_type, parent = _parent(parent_type, parent, n_weights)
     if len(level.rest) != rest_bytes(child_type, n_weights):
         raise RefusedError(
@@ -91,8 +106,10 @@ def decode(
     if compiled is None:
         streams = [packing_ref.unpack(s) for s in level.streams]
         parts = Parts(level.limits, streams, level.rest)
-        return nested_ref.join(parent_type, child_type, parent, parts, n_weights)
-    return compiled.decode(parent_type, child_type, parent, level, n_weights)
+        child[:] = nested_ref.join(parent_type, child_type, parent, parts, n_weights)
+    else:
+        compiled.decode(parent_type, child_type, parent, level, child)
+    return child
 
 
 def _check_streams(child_type: str, level: Level, n_weights: int) -> None:

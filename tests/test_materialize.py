@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -15,6 +16,7 @@ from edgekit import materialize as module
 from edgekit.artifact import Artifact, open_artifact
 from edgekit.assembly import Ahead, Assembly, Piece
 from edgekit.errors import DiskFullError, DoesNotFitError, RefusedError, UsageError
+from edgekit.kernels.ggml import ByteArray
 from edgekit.materialize import materialize, preview
 from edgekit.plan import plan_budget, plan_json, plan_tier, plan_weights
 from edgekit.planner import Depths, uniform
@@ -53,7 +55,7 @@ def test_memory_is_filled_with_the_files_bytes_in_whatever_order(artifact: Path)
     """As llama.cpp reads: pieces of a few sizes, tensors in an order of its own."""
     with open_artifact(artifact) as opened:
         depths = mixed(opened)
-        data = b"".join(Assembly(opened, depths).stream())
+        data = b"".join(map(bytes, Assembly(opened, depths).stream()))
         assembly, got = Assembly(opened, depths, n_threads=2), bytearray(len(data))
         starts = list(range(0, len(data), 70_001))
         random.Random(2).shuffle(starts)
@@ -68,7 +70,13 @@ def test_memory_is_filled_with_the_files_bytes_in_whatever_order(artifact: Path)
 
 def test_pieces_that_are_passed_over_are_made_once_all_the_same() -> None:
     made: list[int] = []
-    pieces = [Piece(i, 1, lambda i=i: made.append(i) or memoryview(bytes([i]))) for i in range(40)]
+
+    def make(i: int, room: ByteArray) -> memoryview:
+        made.append(i)
+        room[:] = i
+        return room.data
+
+    pieces = [Piece(i, 1, partial(make, i), room=1) for i in range(40)]
     ahead = Ahead(pieces, n_threads=1)
     order = [0, 39, *range(1, 11), *range(21, 31), *range(11, 21), *range(31, 39)]
     assert [ahead.piece(i)[0] for i in order] == order
@@ -78,7 +86,7 @@ def test_pieces_that_are_passed_over_are_made_once_all_the_same() -> None:
 def test_ten_thousand_small_reads_in_a_row_are_the_files_bytes(llama_artifact: Path) -> None:
     with open_artifact(llama_artifact) as opened:
         depths = mixed(opened)
-        data = b"".join(Assembly(opened, depths).stream())
+        data = b"".join(map(bytes, Assembly(opened, depths).stream()))
         assembly = Assembly(opened, depths)
         assert b"".join(assembly.read(i, 19) for i in range(0, 190_000, 19)) == data[:190_000]
 

@@ -30,6 +30,7 @@ from edgekit.codecs.job import (
     Job,
     Opened,
     Source,
+    base_blocks,
     finite_rows,
     n_experts_of,
     n_rows_of,
@@ -310,19 +311,20 @@ def open_part(part: memoryview, stack: Stack, depth: int, n_chunks: int) -> obje
     return bitstack_level.from_bytes(part, stack.n_rows, stack.cols)
 
 
-def decode(chunk: Chunk, opened: Opened) -> ByteArray:
+def decode(chunk: Chunk, opened: Opened, out: ByteArray) -> None:
     """The chunk in the stock type of its depth; see `Codec.decode`."""
     stack, tier = chunk.stack, chunk.stack.tiers[chunk.depth - 1]
     if chunk.depth == 1:
-        return _base_blocks(chunk, opened)
+        out[:] = base_blocks(chunk, opened)
+        return
     values = _values(chunk, opened)
     if tier != SOURCE:
-        return quantize(stack.type_at(tier), values).reshape(-1)
+        out[:] = quantize(stack.type_at(tier), values).reshape(-1)
+        return
     payloads = opened(chunk.depth - 1)
     assert isinstance(payloads, list)
-    return decode_chunk(
-        "F32", stack.source_type, _bytes_of(values), payloads[chunk.index], chunk.n_weights
-    )
+    payload, kind = payloads[chunk.index], stack.source_type
+    decode_chunk("F32", kind, _bytes_of(values), payload, chunk.n_weights, out)
 
 
 def held(stack: Stack, depth: int) -> tuple[int, ...]:
@@ -337,7 +339,7 @@ def _values(chunk: Chunk, opened: Opened) -> F32Array:
     stack, n_rows = chunk.stack, chunk.stop - chunk.start
     values = np.zeros((n_rows, stack.cols), np.float32)
     if stack.tiers[1].startswith("R"):
-        blocks = _base_blocks(chunk, opened)
+        blocks = base_blocks(chunk, opened)
         values = _base_values(stack.tiers[0], blocks).reshape(n_rows, stack.cols)
     for depth in range(1, chunk.depth):
         level = opened(depth)
@@ -349,13 +351,6 @@ def _values(chunk: Chunk, opened: Opened) -> F32Array:
 def _base_values(kind: str, blocks: ByteArray) -> F32Array:
     """What ``R`` levels stand on: the same bits on every machine, for the types they can follow."""
     return weights_of(kind, blocks) if kind in LAYOUTS else dequantize(kind, blocks)
-
-
-def _base_blocks(chunk: Chunk, opened: Opened) -> ByteArray:
-    stack, base = chunk.stack, opened(0)
-    assert isinstance(base, memoryview)
-    row = row_bytes(stack.type_at(stack.tiers[0]), stack.cols)
-    return np.frombuffer(base[chunk.start * row : chunk.stop * row], np.uint8)
 
 
 BITSTACK = Codec(

@@ -76,8 +76,11 @@ class Chunk:
     @property
     def n_bytes(self) -> int:
         """Bytes of its blocks at that depth."""
-        kind = self.stack.type_at(self.stack.tiers[self.depth - 1])
-        return (self.stop - self.start) * row_bytes(kind, self.stack.cols)
+        return self.rows_bytes(self.stack.type_at(self.stack.tiers[self.depth - 1]))
+
+    def rows_bytes(self, type_name: str) -> int:
+        """Bytes of the rows as blocks of ``type_name``."""
+        return (self.stop - self.start) * row_bytes(type_name, self.stack.cols)
 
 
 InOrder = Callable[[Iterable[Callable[[], Any]]], Iterator[Any]]  # runs tasks, yields in order
@@ -105,9 +108,10 @@ class Codec:
         gives: Whether this codec can have written a level of a stack that is not its base.
         open: Prepares a level's part, ``part, stack, depth, chunks``; `RefusedError` where it is
             corrupt.
-        decode: The blocks of a chunk, uint8, flat, of the type that its stack has at its depth.
+        decode: Puts the blocks of a chunk, of the type that its stack has at its depth, into memory
+            that it is given: uint8, flat, contiguous, `Chunk.n_bytes`.
         held: The levels, by depth, that a runtime can compute with as they are stored, for a stack
-            at a depth; empty where it needs the blocks that `decode` gives.
+            at a depth; empty where it needs the blocks that `decode` makes.
     """
 
     tiers: tuple[str, ...]
@@ -120,13 +124,21 @@ class Codec:
     tensors_at_once: int
     gives: Callable[[Stack, Level], bool]
     open: Callable[[memoryview, Stack, int, int], object]
-    decode: Callable[[Chunk, Opened], ByteArray]
+    decode: Callable[[Chunk, Opened, ByteArray], None]
     held: Callable[[Stack, int], tuple[int, ...]]
 
 
 def one_by_one(tasks: Iterable[Callable[[], Any]]) -> Iterator[Any]:
     """Run tasks on this thread."""
     return (task() for task in tasks)
+
+
+def base_blocks(chunk: Chunk, opened: Opened) -> ByteArray:
+    """The chunk's rows of level 0, as they are stored, uint8, flat."""
+    base = opened(0)
+    assert isinstance(base, memoryview)
+    row = row_bytes(chunk.stack.type_at(chunk.stack.tiers[0]), chunk.stack.cols)
+    return np.frombuffer(base[chunk.start * row : chunk.stop * row], np.uint8)
 
 
 def n_experts_of(source: Source) -> int:

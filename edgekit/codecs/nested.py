@@ -81,8 +81,9 @@ def decode_chunk(
     parent: ByteArray,
     payload: bytes | bytearray | memoryview,
     n_weights: int,
+    out: ByteArray | None = None,
 ) -> ByteArray:
-    """Decode the blocks of ``n_weights`` weights in ``child_type``, uint8, flat.
+    """Decode the blocks of ``n_weights`` weights in ``child_type``, uint8, flat, into ``out``.
 
     Raises:
         RefusedError: The payload is corrupt, or not of this parent.
@@ -97,7 +98,7 @@ def decode_chunk(
         rest = _decompress(next(frames), nested.rest_bytes(child_type, n_weights))
     streams = _split_patches(header.streams, digits, patches)
     level = Level(np.array(header.limits, np.uint32), streams, rest)
-    return nested.decode(parent_type, child_type, parent, level, n_weights)
+    return nested.decode(parent_type, child_type, parent, level, n_weights, out)
 
 
 class _Stream(NamedTuple):

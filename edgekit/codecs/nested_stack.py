@@ -1,5 +1,6 @@
 """Codec `nested`: every tier quantized on its own by ggml, every level against the tier below."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from edgekit.codecs.job import (
     Job,
     Opened,
     Source,
+    base_blocks,
     finite_rows,
     n_experts_of,
     n_rows_of,
@@ -149,19 +151,31 @@ def open_part(part: memoryview, stack: Stack, depth: int, n_chunks: int) -> list
     return split_frames(part, n_chunks)
 
 
-def decode(chunk: Chunk, opened: Opened) -> ByteArray:
+def decode(chunk: Chunk, opened: Opened, out: ByteArray) -> None:
     """Lift the chunk's base blocks level by level; see `Codec.decode`."""
-    stack = chunk.stack
-    row = row_bytes(stack.type_at(stack.tiers[0]), stack.cols)
-    base = opened(0)
-    assert isinstance(base, memoryview)
-    blocks: ByteArray = np.frombuffer(base[chunk.start * row : chunk.stop * row], np.uint8)
+    blocks, stack = base_blocks(chunk, opened), chunk.stack
+    if chunk.depth == 1:
+        out[:] = blocks
     for depth in range(1, chunk.depth):
         payloads = opened(depth)
         assert isinstance(payloads, list)
         parent, child = (stack.type_at(level.tier) for level in stack.levels[depth - 1 : depth + 1])
-        blocks = decode_chunk(parent, child, blocks, payloads[chunk.index], chunk.n_weights)
-    return blocks
+        room = out if depth == chunk.depth - 1 else _room(depth % 2, chunk.rows_bytes(child))
+        blocks = decode_chunk(parent, child, blocks, payloads[chunk.index], chunk.n_weights, room)
+
+
+_thread = threading.local()
+
+
+def _room(which: int, n_bytes: int) -> ByteArray:
+    """Memory for the blocks of a tier on the way, one of two that this thread keeps.
+
+    Fresh pages for every chunk would take a fifth of the time of loading.
+    """
+    rooms: list[ByteArray] = _thread.__dict__.setdefault("rooms", [np.empty(0, np.uint8)] * 2)
+    if rooms[which].nbytes < n_bytes:
+        rooms[which] = np.empty(n_bytes, np.uint8)
+    return rooms[which][:n_bytes]
 
 
 NESTED = Codec(

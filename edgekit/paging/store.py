@@ -13,6 +13,8 @@ from threading import Lock
 from types import TracebackType
 from typing import Protocol
 
+import numpy as np
+
 from edgekit.artifact import Artifact
 from edgekit.codecs import CODECS
 from edgekit.decode import Decoder, chunks_of
@@ -89,9 +91,8 @@ class LevelStore:
             return len(into)
         at, decoder = 0, Decoder(self._codec, self._part, n_kept=depth)  # every level once
         for chunk in chunks_of(stack, depth, expert, self._artifact.manifest.chunk_weights):
-            block = decoder.decode(chunk)
-            into[at : at + len(block)] = block
-            at += len(block)
+            decoder.decode(chunk, np.frombuffer(into[at : at + chunk.n_bytes], np.uint8))
+            at += chunk.n_bytes
         return sum(level.parts[expert].n_bytes for level in stack.levels[:depth])
 
     def close(self) -> None:

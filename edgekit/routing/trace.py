@@ -27,8 +27,10 @@ Json = dict[str, Any]
 MAX_BYTES = 1 << 31  # of a trace in memory: 100 M tokens of a small model
 MAX_EXPERTS = 1 << 16
 # What numpy, zipfile, zlib and json raise on bytes that lie
-UNREADABLE = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError)
-UNREADABLE += (RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
+UNREADABLE: tuple[type[Exception], ...] = (
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError,
+    RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 ARRAYS = ("experts", "weights", "starts", "layers", "n_experts", "provenance")
 
 
@@ -138,7 +140,8 @@ def read_trace(path: Path) -> Trace:
         return _read_lines(path)
     except UNREADABLE as error:
         raise RefusedError(
-            f"{path} is no trace: {error or type(error).__name__}; make one with: edgekit trace"
+            f"{path} is no trace: {str(error) or type(error).__name__}; make one with: "
+            "edgekit trace"
         ) from error
 
 

@@ -39,7 +39,9 @@ def weights_at(artifact: Artifact, stack: Stack, tier: str, expert: int) -> Any:
     decoder = Decoder(CODECS[artifact.manifest.codec], artifact.part)
     depth = stack.depth_of(tier)
     chunks = chunks_of(stack, depth, expert, artifact.manifest.chunk_weights)
-    blocks = [np.frombuffer(decoder.decode(chunk), np.uint8) for chunk in chunks]
+    blocks = [np.empty(chunk.n_bytes, np.uint8) for chunk in chunks]
+    for chunk, block in zip(chunks, blocks, strict=True):
+        decoder.decode(chunk, block)
     return dequantize(stack.type_at(tier), np.concatenate(blocks))
 
 
