@@ -1,6 +1,6 @@
 """The budget as a hard limit: `edgekit run` in memory control groups of exactly the budget.
 
-    python tests/bench/bench_budget.py ARTIFACT... [--budgets 12] [--context 2048]
+    python tests/bench/bench_budget.py [ARTIFACT...] [--budgets 12] [--context 2048]
 
 Budgets go from the smallest that fits to the one with everything at its highest tier. Each run
 must end with exit code 0. The prompt fills a batch, so that every buffer is used. Predicted: the
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from artifacts import SAMPLES, sample_artifact
 from cgroups import Group, memory_group
 
 PROMPT = "def read(path):\n    return open(path).read()\n\n\n" * 40  # fills a batch of 512
@@ -80,7 +81,7 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     """Run, print a table per artifact, and the JSON line last."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("artifacts", nargs="+")
+    parser.add_argument("artifacts", nargs="*", help="default: both samples")
     parser.add_argument("--budgets", type=int, default=12)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--short", action="store_true", help="a prompt of a few tokens instead")
@@ -88,7 +89,7 @@ def main() -> None:
     prompt = PROMPT[:15] if options.short else PROMPT
     results = {}
     with memory_group("edgekit-bench", 1 << 40) as group:
-        for artifact in options.artifacts:
+        for artifact in options.artifacts or map(sample_artifact, SAMPLES):
             print(f"{artifact}\n{'budget':>11}{'predicted':>11}{'peak rss':>11}{'group':>11}  MiB")
             sizes = budgets(artifact, options.context, options.budgets)
             results[artifact] = rows = []

@@ -1,6 +1,6 @@
 """A mixture of experts larger than its memory: edgekit's pager against llama.cpp with mmap.
 
-    python tests/bench/bench_experts.py ARTIFACT [--limits 2GiB,1.2GiB] [--bandwidth 200MB] [-n 48]
+    python tests/bench/bench_experts.py [ARTIFACT] [--limits 2GiB,1.2GiB] [--bandwidth 200MB]
 
 ARTIFACT comes from expert_models.py. Every run is a process of its own in a memory control group of
 the limit, in turns, the page cache dropped before each; with ``--bandwidth`` also in a blkio group
@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from artifacts import expert_artifact
 from cgroups import Group, memory_group
 
 from edgekit.sizes import parse_size
@@ -173,7 +174,7 @@ def compare(artifact: Path, limit: int, bandwidth: int | None, args: Any) -> dic
 def main() -> None:
     """Run, and print the JSON line last."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("artifact")
+    parser.add_argument("artifact", nargs="?", help="default: one of 4.3 GiB is made")
     parser.add_argument("--limits", default="2GiB,1.2GiB")
     parser.add_argument("--bandwidth", help="also with this many bytes per second from disk")
     parser.add_argument("-n", type=int, default=48)
@@ -189,11 +190,10 @@ def main() -> None:
     if args.child == "edgekit":
         print(json.dumps(edgekit(args.artifact, limits[0], args.n, args.threads)))
         return
+    artifact = Path(args.artifact or expert_artifact())
     bandwidths = [None] + ([parse_size(args.bandwidth)] if args.bandwidth else [])
     results = [
-        compare(Path(args.artifact), limit, bandwidth, args)
-        for bandwidth in bandwidths
-        for limit in limits
+        compare(artifact, limit, bandwidth, args) for bandwidth in bandwidths for limit in limits
     ]
     print(json.dumps(results))
 

@@ -9,21 +9,17 @@ one JSON line last.
 import argparse
 import json
 import os
-import shutil
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from checkpoints import SHAPES, make_checkpoint
+from artifacts import shape_artifact
 
 from edgekit.artifact import open_artifact
-from edgekit.convert import convert
-from edgekit.convert_options import Options
 from edgekit.materialize import materialize
 from edgekit.plan import plan_tier
-from edgekit.progress import Silent
 
 COPY_BYTES = 1 << 20
 
@@ -53,26 +49,14 @@ def main() -> None:
     """Alternate and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("artifact", type=Path, nargs="?", help="default: one is made")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b-2-layers")
     parser.add_argument("--tier", default="Q4_K")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        artifact = args.artifact or make_artifact(Path(folder), args.shape, args.threads)
-        report = compare(artifact, args.tier, args.pairs, args.threads, args.folder)
-    name = args.artifact.name if args.artifact else args.shape
-    print(json.dumps({"benchmark": "materialize", "artifact": name, **report}))
-
-
-def make_artifact(folder: Path, shape: str, threads: int) -> Path:
-    """Convert random weights of ``shape``."""
-    checkpoint = make_checkpoint(folder / "model", SHAPES[shape])
-    options = Options(statistics=False, measure=False, jobs=threads)
-    convert(checkpoint, folder / "edge", options, Silent())
-    shutil.rmtree(checkpoint)
-    return folder / "edge"
+    artifact = args.artifact or Path(shape_artifact())
+    report = compare(artifact, args.tier, args.pairs, args.threads, args.folder)
+    print(json.dumps({"benchmark": "materialize", "artifact": artifact.name, **report}))
 
 
 def compare(

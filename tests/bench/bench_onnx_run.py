@@ -1,6 +1,6 @@
 """Decode speed and memory in ONNX Runtime: an artifact, and genai's own int4 model beside it.
 
-    python tests/bench/bench_onnx_run.py ARTIFACT GENAI_FOLDER [N_TOKENS] [ROUNDS]
+    python tests/bench/bench_onnx_run.py [ARTIFACT [GENAI_FOLDER [N_TOKENS [ROUNDS]]]]
 
 The peer is made from the same checkpoint with
 ``python -m onnxruntime_genai.models.builder -i CHECKPOINT -o FOLDER -p int4 -e cpu -c CACHE``.
@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from artifacts import sample_artifact
 
 from edgekit.onnx_artifact import open_onnx
 from edgekit.onnx_cache import cached_folder
@@ -96,10 +98,7 @@ def main(words: list[str]) -> None:
     if words[:1] == ["--one"]:
         print(json.dumps(one(Path(words[1]), int(words[2]), words[3] == "1")))
         return
-    if not words:
-        print(json.dumps({"skipped": "give an artifact and a model folder of genai's builder"}))
-        return
-    artifact = Path(words[0])
+    artifact = Path(words[0] if words else sample_artifact("tiny-llama"))
     body: dict[str, Any] = {"memory": memory(artifact)}
     if len(words) > 1:
         n, rounds = (int(w) for w in [*words[2:4], "32", "7"][:2])

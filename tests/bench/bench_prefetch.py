@@ -1,6 +1,6 @@
 """Hit rates and reading ahead on a trained router, behind a reader as slow as a phone's storage.
 
-    python tests/bench/bench_prefetch.py ARTIFACT [--caches 2,3,4] [--bandwidth 200MB] [-n 384]
+    python tests/bench/bench_prefetch.py [ARTIFACT] [--caches 2,3,4] [--bandwidth 200MB] [-n 384]
 
 Decodes the same held-out tokens with every cache and every way of guessing. Reads go one at a time
 through a reader of the given bandwidth, in place of a disk. Beside what was measured: the hit rate
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from artifacts import sample_artifact
 
 from edgekit.artifact import Artifact, open_artifact
 from edgekit.engine import Engine, Settings
@@ -166,7 +167,7 @@ def listening(artifact: Artifact, n: int, pairs: int, threads: int) -> dict[str,
 def main() -> None:
     """Run, and print the JSON line last."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("artifact", type=Path)
+    parser.add_argument("artifact", type=Path, nargs="?", help="default: samples/tiny-moe")
     parser.add_argument("--caches", default="2,3,4")
     parser.add_argument("--bandwidth", default="200MB")
     parser.add_argument("-n", type=int, default=384)
@@ -174,7 +175,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    with open_artifact(args.artifact, remember=True) as artifact:
+    folder = args.artifact or Path(sample_artifact("tiny-moe"))
+    with open_artifact(folder, remember=True) as artifact:
         if args.resident:
             print(json.dumps(listening(artifact, args.n, args.pairs, args.threads)))
             return

@@ -1,6 +1,6 @@
 """Predictions against measurements: `edgekit profile --measure` on artifacts, as one table.
 
-    python tests/bench/bench_profile.py ARTIFACT... [--context 1024]
+    python tests/bench/bench_profile.py [ARTIFACT...] [--context 1024]
 
 Each artifact is tried at five budgets, each in a process of its own, after the machine was probed.
 A speed is predicted from the machine's profile and the other budgets' timings, memory from the plan
@@ -13,6 +13,8 @@ import json
 import subprocess
 import sys
 from typing import Any
+
+from artifacts import SAMPLES, sample_artifact
 
 MIB = 1 << 20
 HEADINGS = (
@@ -45,10 +47,11 @@ def cells(name: str, check: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Measure, print the table and the line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("artifacts", nargs="+")
+    parser.add_argument("artifacts", nargs="*", help="default: both samples")
     parser.add_argument("--context", type=int, default=1024)
     options = parser.parse_args()
-    found = {artifact: measure(artifact, options.context) for artifact in options.artifacts}
+    artifacts = options.artifacts or map(sample_artifact, SAMPLES)
+    found = {artifact: measure(artifact, options.context) for artifact in artifacts}
     print("|", " | ".join(HEADINGS), "|")
     print("|", " | ".join("---" for _ in HEADINGS), "|")
     for body in found.values():

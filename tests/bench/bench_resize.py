@@ -1,6 +1,6 @@
 """Changing depth in mid-conversation: time, bytes read and peak memory, beside loading by hand.
 
-    python tests/bench/bench_resize.py ARTIFACT --budget 1500MiB [--tokens 256]
+    python tests/bench/bench_resize.py [ARTIFACT] --budget 1500MiB [--tokens 256]
 
 Half the budget and back, after a prompt of some tokens. By hand: llama.cpp's C API frees the model,
 loads the GGUF that `materialize` wrote for the smaller plan, and reads the conversation again.
@@ -18,6 +18,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from artifacts import shape_artifact
 
 import edgekit
 from edgekit.materialize import materialize
@@ -64,7 +66,7 @@ def hand(gguf: Path, n_tokens: int) -> None:
 def main() -> None:
     """Run, print a table, and the JSON line last."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("artifact")
+    parser.add_argument("artifact", nargs="?", help="default: one is made")
     parser.add_argument("--budget", type=parse_size, default=parse_size("1500MiB"))
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--times", type=int, default=3)
@@ -73,10 +75,10 @@ def main() -> None:
     if options.by_hand:
         hand(options.by_hand, options.tokens)
         return
-    rows = []
+    rows, artifact = [], options.artifact or shape_artifact()
     with (
         tempfile.TemporaryDirectory() as folder,
-        edgekit.load(options.artifact, options.budget, CONTEXT, follow=False) as session,
+        edgekit.load(artifact, options.budget, CONTEXT, follow=False) as session,
     ):
         session.context.decode([3 + i % 200 for i in range(options.tokens)], "none")
         for _ in range(options.times):

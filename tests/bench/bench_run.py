@@ -1,6 +1,6 @@
 """A depth of an artifact against stock llama.cpp on the dedicated GGUF: loading, reading, writing.
 
-    python tests/bench/bench_run.py ARTIFACT [--tier Q4_K] [--pairs 5]
+    python tests/bench/bench_run.py [ARTIFACT] [--tier Q4_K] [--pairs 5]
 
 Each run is a process of its own, in turns, page cache warm, hashes checked before. Load: from the
 call to the first token, imports aside. Stock: llama.cpp's C API on the GGUF that `materialize`
@@ -21,6 +21,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from artifacts import shape_artifact
 
 CONTEXT, BATCH, PROMPT = 2048, 512, 256
 WAYS = ("stock no-mmap", "edgekit anon", "stock mmap", "edgekit mapped")
@@ -117,7 +119,7 @@ def one(options: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     """Alternate and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("artifact")
+    parser.add_argument("artifact", nargs="?", help="default: one is made")
     parser.add_argument("--tier", default="Q4_K")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--gguf", help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.artifact = options.artifact or shape_artifact()
     if options.way:
         print(json.dumps(one(options)))
         return

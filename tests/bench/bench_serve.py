@@ -1,6 +1,6 @@
 """What serving costs: memory of web frameworks beside ours, and time beside the bare session.
 
-    python tests/bench/bench_serve.py ARTIFACT [--budget 1GiB] [--requests 64] [--tokens 32]
+    python tests/bench/bench_serve.py [ARTIFACT] [--budget 1GiB] [--requests 64] [--tokens 32]
 
 Memory: resident bytes that an import adds to a process that has what ``edgekit run`` imports; those
 that are not installed are left out. Time: the same greedy answers from the session in this process,
@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from artifacts import sample_artifact
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from served import Served, serving
@@ -98,20 +100,21 @@ def through(served: Served, n_tokens: int) -> Callable[[str], str]:
 def main() -> None:
     """Run, print, and the JSON line last."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("artifact", type=Path)
+    parser.add_argument("artifact", type=Path, nargs="?", help="default: samples/tiny-llama")
     parser.add_argument("--budget", default="1GiB")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--times", type=int, default=3)
     options = parser.parse_args()
+    artifact = options.artifact or Path(sample_artifact("tiny-llama"))
     threads = ["--threads", str(default_threads())]
     words = [*threads, "--budget", options.budget, "--context", str(CONTEXT), "--no-follow"]
     prompts = [f"{WORDS[i % 15]} {WORDS[i // 15 % 15]} " * 4 for i in range(options.requests)]
     greedy = Sampling(temperature=0, ignore_eos=True)
     budget = parse_size(options.budget)
     with (
-        edgekit.load(options.artifact, budget, CONTEXT, follow=False) as session,
-        serving(options.artifact, *words) as served,
+        edgekit.load(artifact, budget, CONTEXT, follow=False) as session,
+        serving(artifact, *words) as served,
     ):
 
         def bare(prompt: str) -> str:
