@@ -41,6 +41,24 @@ def nothing_held_before() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``stored(model_type, dtype)``: a checkpoint, made once."""
+    from models import make_checkpoint
+
+    from edgekit.checkpoint import Checkpoint
+
+    cache: dict[tuple[str, str], Checkpoint] = {}
+
+    def make(model_type: str, dtype: str = "float32") -> Checkpoint:
+        if (model_type, dtype) not in cache:
+            folder = tmp_path_factory.mktemp(f"{model_type}-{dtype}")
+            cache[model_type, dtype] = Checkpoint.open(make_checkpoint(model_type, folder, dtype))
+        return cache[model_type, dtype]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def llama_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with rows of 256 as an artifact of the default tiers; to be read only."""
     from converted import tiny, weighted

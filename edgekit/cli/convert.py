@@ -4,6 +4,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +12,9 @@ from edgekit.cli import options
 from edgekit.cli.console import note, print_json, print_table, progress_bars
 from edgekit.errors import UsageError
 from edgekit.sizes import format_size
+
+if TYPE_CHECKING:
+    from edgekit.convert_report import Report
 
 
 @click.command()
@@ -159,7 +163,11 @@ def convert(
             report = convert(checkpoint, output, chosen, progress, ["edgekit", *sys.argv[1:]])
     if as_json:
         print_json(asdict(report))
-        return
+    else:
+        _print(report, "would be" if dry_run else "is")
+
+
+def _print(report: "Report", verb: str) -> None:
     rows = [
         (tier, format_size(row["bytes"]), f"{row['bits_per_weight']:.2f}")
         for tier, row in report.tiers.items()
@@ -167,7 +175,6 @@ def convert(
     if rows:
         print_table("Weights in memory", ("tier", "bytes", "bits per weight"), rows)
     share = report.artifact_bytes / report.source_bytes
-    verb = "would be" if dry_run else "is"
     note(
         f"{report.artifact} {verb} {format_size(report.artifact_bytes)}, {share:.3f} x the "
         f"checkpoint's {format_size(report.source_bytes)}; {report.seconds:.1f} s"

@@ -14,7 +14,7 @@ from edgekit.progress import Progress
 from edgekit.sizes import format_size
 
 if TYPE_CHECKING:
-    from edgekit.pruning.prune import Options
+    from edgekit.pruning.prune import Options, Report
 
 METRICS = ("condition", "leverage", "magnitude", "wanda", "flap", "taylor")
 
@@ -126,7 +126,11 @@ def prune(
         measured = _measured(checkpoint, output, chosen, progress) if report else {}
     if as_json:
         print_json(asdict(made) | {"peak_rss_bytes": _peak()} | measured)
-        return
+    else:
+        _print(made, ratio, measured)
+
+
+def _print(made: "Report", ratio: float, measured: dict[str, Any]) -> None:
     _print_kept(made.path, [{"kept": made.kept, "ratio": made.ratio}])
     note(
         f"{made.path}: {made.ratio:.1%} removed of {ratio:.1%} asked for, KL {made.kl_mean:.4g}, "
