@@ -286,6 +286,16 @@ def test_no_redirect_leads_from_tls_to_plain_text(
             source._redirected(answer)
 
 
+def test_what_a_server_says_does_not_reach_the_terminal_as_it_is(server: Served, out: Path) -> None:
+    server.fault = "rude"
+    result = pull(server.url, "-o", out, "--budget", "1GiB")
+    check_refused(result, 1, r"the server answers 403 \x1b[31mred", out)
+    answer = requests.Response()
+    answer.url, answer.headers["Location"] = "http://a.example/x", "/\x1b[31m"
+    target = HttpSource(answer.url, Silent())._redirected(answer)
+    assert target == "http://a.example/%1B[31m"
+
+
 def damage(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 1
