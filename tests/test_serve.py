@@ -1,11 +1,14 @@
 """``edgekit serve`` as clients have it: a real process, the official client, a hard limit."""
 
+import asyncio
 import json
 import re
 import signal
 import socket
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +30,7 @@ from edgekit.cli import main
 from edgekit.llama import Sampling
 from edgekit.progress import Silent
 from edgekit.server import ask as asks
+from edgekit.server.app import _Answer
 from edgekit.server.error import ApiError
 from edgekit.server.worker import MAX_WAITING, Job, Worker
 
@@ -382,13 +386,32 @@ def test_metrics_are_prometheus_text(served: Served) -> None:
 
 def test_too_many_at_once_are_turned_away(session: Any) -> None:
     """A worker that has not begun; the one over the line is told to come again."""
-    worker = Worker(session, Silent())
-    job = Job(asks.text({"prompt": "def"}), lambda event: None)
-    for _ in range(MAX_WAITING):
+    worker, ask = Worker(session, Silent()), asks.text({"prompt": "def"})
+    jobs = [Job(ask, lambda event: None, threading.Event()) for _ in range(MAX_WAITING)]
+    for job in jobs:
         worker.submit(job)
     with pytest.raises(ApiError, match="requests wait already; try again later") as caught:
         worker.submit(job)
     assert caught.value.status == 429 and worker.n_waiting == MAX_WAITING
+    jobs[3].is_gone.set()  # its client does not wait any more, and its place is free
+    worker.forget_gone()
+    worker.submit(job)
+    assert worker.totals.answers == {"turned away": 1, "gone": 1}
+
+
+def test_a_client_that_does_not_read_holds_one_text_and_no_request(session: Any) -> None:
+    async def check() -> None:
+        worker, ask = Worker(session, Silent()), asks.text({"prompt": "def"})
+        answer, job = _Answer(worker, ask), worker._jobs.get()
+        assert job is not None
+        for piece in ("one ", "by ", "one"):
+            job.tell(piece)
+        held = weakref.ref(ask)
+        del job, ask
+        assert await answer.next() == "one by one"
+        assert held() is None
+
+    asyncio.run(check())
 
 
 def test_a_termination_finishes_what_was_asked_and_ends_with_0(artifact: Path) -> None:
