@@ -295,7 +295,7 @@ def _refusal(answer: requests.Response, reason: str) -> RefusedError:
 
 def _plain(text: str) -> str:
     """What a server says, without what a terminal would obey."""
-    return ascii(text[:80])[1:-1]
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
 
 
 def _count(text: str) -> int:
@@ -309,4 +309,4 @@ def _reason(error: BaseException) -> str:
     inner = getattr(error, "reason", None)
     if isinstance(inner, BaseException):
         return _reason(inner)
-    return str(error).rpartition(": ")[2][:200] or type(error).__name__
+    return _plain(str(error).rpartition(": ")[2]) or type(error).__name__

@@ -51,6 +51,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(302, {"Location": fault.partition(":")[2]}, b"")
         if fault == "rude":
             return self.answer(403, {}, b"", reason="\x1b[31mred")
+        if fault == "no HTTP":
+            self.close_connection = True
+            self.wfile.write(b"\x1b[31mred\r\n\r\n")
+            return None
         if not path.is_file():
             return self.answer(404, {}, b"")
         data = path.read_bytes()

@@ -55,6 +55,23 @@ def test_redirects_in_the_web_are_followed(server: Served, artifact: Path, out: 
 
 
 @pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("http://[::1/x", "Invalid IPv6 URL"),
+        ("http://\xad/x", "invalid start byte"),
+        ("http://localhost:99999/x", "http://localhost:99999/x"),
+        (f"http://{'a' * 70}/x", "label empty or too long"),
+    ],
+)
+def test_a_redirect_to_no_url_is_told_in_one_line(
+    target: str, words: str, server: Served, out: Path
+) -> None:
+    """Requests lets some errors through that are not its own."""
+    server.fault = f"redirect:{target}"
+    check_refused(pull(server.url, "-o", out, "--budget", "1GiB"), 1, words, out)
+
+
+@pytest.mark.parametrize(
     ("begin", "target", "is_followed"),
     [
         ("https://a.example/x", "http://a.example/x", False),
@@ -80,6 +97,9 @@ def test_what_a_server_says_does_not_reach_the_terminal_as_it_is(server: Served,
     server.fault = "rude"
     result = pull(server.url, "-o", out, "--budget", "1GiB")
     check_refused(result, 1, r"the server answers 403 \x1b[31mred", out)
+    server.fault = "no HTTP"
+    result = pull(server.url, "-o", out, "--budget", "1GiB")
+    check_refused(result, 1, rf"{LEVELS}: \x1b[31mred\r\n; tried 6 times", out)
     answer = requests.Response()
     answer.url, answer.headers["Location"] = "http://a.example/x", "/\x1b[31m"
     target = HttpSource(answer.url, Silent())._redirected(answer)
