@@ -57,10 +57,10 @@ def test_redirects_in_the_web_are_followed(server: Served, artifact: Path, out: 
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("http://[::1/x", "Invalid IPv6 URL"),
-        ("http://\xad/x", "invalid start byte"),
-        ("http://localhost:99999/x", "http://localhost:99999/x"),
-        (f"http://{'a' * 70}/x", "label empty or too long"),
+        ("http://[::1/x", f"{LEVELS}: Invalid IPv6 URL"),
+        ("http://\xad/x", f"{LEVELS}: invalid start byte"),
+        ("http://localhost:99999/x", "Error: http://localhost:99999/x: "),
+        (f"http://{'a' * 70}/x", f"http://{'a' * 70}/x: "),
     ],
 )
 def test_a_redirect_to_no_url_is_told_in_one_line(
