@@ -13,9 +13,13 @@ import pytest
 from pulling import BASE, LEVELS, budgets, pull, pulled
 from static_server import CUT_AFTER, Served, serving
 
+from edgekit import pull as module
 from edgekit.artifact import open_artifact, verify
 from edgekit.catalog import open_catalog
-from edgekit.plan import plan_budget
+from edgekit.expert_plan import plan_any
+from edgekit.plan import least_bytes, plan_budget
+from edgekit.progress import Silent
+from edgekit.sizes import format_size
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 
@@ -105,6 +109,50 @@ def test_five_budgets_transfer_what_their_plans_name_and_load_like_the_whole(
             needed.append(body["levels_bytes"])
         assert needed == sorted(set(needed))  # each more than the one before
         assert needed[0] == 0 and needed[-1] == (artifact / LEVELS).stat().st_size
+
+
+def test_what_the_plan_passes_over_is_told_before_it_comes(
+    server: Served, artifact: Path, out: Path
+) -> None:
+    lowest, *_, highest = budgets(artifact)
+    passed_over = {}
+    for budget in range(lowest, highest, (highest - lowest) // 16):
+        body = pulled(server.url, "-o", out, "--budget", budget, "--context", 256, "--dry-run")
+        passed_over[budget] = body["passed_over_bytes"]
+    budget = max(passed_over, key=lambda budget: passed_over[budget])
+    told = []
+
+    class Told(Silent):
+        def note(self, text: str) -> None:
+            told.append((text, server.requests[n_before:]))
+
+    n_before = len(server.requests)
+    module.pull(server.url, out, module.Wish(budget, 256), Told())
+    ((text, asked),) = told
+    assert asked == [("edgekit.json", "")]
+    assert f" of levels ({format_size(passed_over[budget])} of them for other budgets)" in text
+    with open_artifact(out) as opened:
+        tiers = plan_budget(opened, budget, 256).depths.tiers
+        unused = [
+            level.n_bytes
+            for stack in opened.stacks
+            for level in stack.levels[stack.tiers.index(tiers[stack.name]) + 1 :]
+        ]
+    assert passed_over[budget] == sum(unused) > 0
+
+
+def test_a_budget_for_some_experts_gets_what_their_plan_loads(
+    moe_artifact: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekit.expert_plan.PAGING_BYTES", 0)  # more than this model's experts
+    whole = open_catalog(moe_artifact)
+    budget = least_bytes(whole, 256) - 1
+    body = pulled(moe_artifact.as_uri(), "-o", out, "--budget", budget, "--context", 256)
+    plan = plan_any(whole, budget, 256)
+    assert plan.paged is not None
+    assert {t["name"]: t["tier"] for t in body["plan"]["tensors"]} == plan.depths.tiers
+    with open_artifact(out) as opened:
+        assert plan_any(opened, budget, 256).depths == plan.depths
 
 
 @pytest.mark.parametrize("kind", ["file", "ranges", "nginx", "python"])
