@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,13 +20,15 @@ from edgekit.catalog import Catalog, read_manifest
 from edgekit.checked import Checker, MismatchError
 from edgekit.disk import disk_full_reported, held_alone, require_free
 from edgekit.errors import EdgekitError, RefusedError, UsageError
+from edgekit.expert_plan import plan_any
 from edgekit.manifest import MANIFEST_NAME, Json, Manifest
 from edgekit.manifest_reader import loads
-from edgekit.plan import Plan, plan_budget, plan_json
+from edgekit.plan import Plan, plan_json
 from edgekit.planner import Depths
 from edgekit.progress import Progress
 from edgekit.publish import move_into_place
 from edgekit.remote import CutError, Source, open_source, without_secrets
+from edgekit.sizes import format_size
 from edgekit.spool import write_atomically
 from edgekit.stack import Part
 
@@ -68,6 +70,7 @@ class Pulled:
         manifest_bytes: Needed of the manifest, all of it.
         base_bytes: Needed of the base, all of it.
         levels_bytes: Needed of ``.levels``, from its start.
+        passed_over_bytes: Of these, levels that the plan does not load.
         total_bytes: All that is needed.
         transferred_bytes: Of it, those that came now.
         seconds: From the first request on.
@@ -80,6 +83,7 @@ class Pulled:
     manifest_bytes: int
     base_bytes: int
     levels_bytes: int
+    passed_over_bytes: int
     total_bytes: int
     transferred_bytes: int
     seconds: float
@@ -116,14 +120,16 @@ def pull(url: str | None, output: Path, wish: Wish, progress: Progress) -> Pulle
         )
     _check_names(manifest)
     catalog = Catalog(output, manifest, manifest.levels.n_bytes)
-    plan = plan_budget(catalog, wish.budget, wish.context, wish.kv_type)
-    stop = levels_prefix(catalog, plan.depths)
+    plan = plan_any(catalog, wish.budget, wish.context, wish.kv_type)
+    needed = _needed(output, url, text, catalog, plan)
+    progress.note(_in_words(needed))
     if not wish.dry_run:
-        job = _Job(source, manifest, text, stop, progress)
+        job = _Job(source, manifest, text, needed.levels_bytes, progress)
         with disk_full_reported(f"pulling to {output}", "make room and repeat the command"):
             job.grow(output) if wish.grow else job.make(output)
         _remember(output, url)
-    return _report(output, url, text, catalog, plan, stop, source.n_read, started)
+    seconds = round(time.monotonic() - started, 3)
+    return replace(needed, transferred_bytes=source.n_read, seconds=seconds)
 
 
 def _manifest_text(source: Source) -> bytes:
@@ -146,28 +152,41 @@ def levels_prefix(catalog: Catalog, depths: Depths) -> int:
     return max(ends, default=0)
 
 
-def _report(
-    output: Path,
-    url: str,
-    text: bytes,
-    catalog: Catalog,
-    plan: Plan,
-    stop: int,
-    n_read: int,
-    started: float,
-) -> Pulled:
-    manifest = catalog.manifest
+def _needed(output: Path, url: str, text: bytes, catalog: Catalog, plan: Plan) -> Pulled:
+    """What the plan needs; nothing of it came yet."""
+    manifest, stop = catalog.manifest, levels_prefix(catalog, plan.depths)
     return Pulled(
         artifact=str(output),
         url=without_secrets(url),
         manifest_bytes=len(text),
         base_bytes=manifest.base.n_bytes,
         levels_bytes=stop,
+        passed_over_bytes=passed_over(catalog, plan.depths, stop),
         total_bytes=len(text) + manifest.base.n_bytes + stop,
-        transferred_bytes=n_read,
-        seconds=round(time.monotonic() - started, 3),
+        transferred_bytes=0,
+        seconds=0.0,
         license=_plain(manifest.source.get("license")),
         plan=plan_json(catalog, plan),
+    )
+
+
+def passed_over(catalog: Catalog, depths: Depths, stop: int) -> int:
+    """Bytes of levels that are whole before ``stop`` and that ``depths`` do not load."""
+    return sum(
+        level.n_bytes
+        for stack in catalog.stacks
+        for level in stack.levels[stack.depth_of(depths.tier(stack.name)) :]
+        if level.end <= stop
+    )
+
+
+def _in_words(needed: Pulled) -> str:
+    n_others = needed.passed_over_bytes
+    others = f" ({format_size(n_others)} of them for other budgets)" if n_others else ""
+    return (
+        f"the budget needs {format_size(needed.total_bytes)}: "
+        f"{format_size(needed.manifest_bytes)} of manifest, {format_size(needed.base_bytes)} of "
+        f"base, {format_size(needed.levels_bytes)} of levels{others}"
     )
 
 

@@ -190,10 +190,7 @@ class HttpSource:
             raise EdgekitError(f"{without_secrets(url)}: {_reason(error)}") from error
         except (requests.ConnectionError, requests.Timeout) as error:
             raise CutError(f"{without_secrets(url)}: {_reason(error)}") from error
-        except (
-            requests.RequestException,
-            ValueError,
-        ) as error:  # also where it redirects to no URL
+        except (requests.RequestException, ValueError) as error:  # a redirect to no URL: ValueError
             raise EdgekitError(f"{without_secrets(url)}: {_reason(error)}") from error
         with answer:
             yield answer
@@ -205,7 +202,7 @@ class HttpSource:
         if scheme != "https" and not (scheme == "http" and answer.url.startswith("http:")):
             reason = f"it redirects to {without_secrets(target)[:200]!a}"
             raise _refusal(answer, reason)
-        return target
+        return str(requests.utils.requote_uri(target))  # nothing in it that a terminal would obey
 
     def _check_answer(self, answer: requests.Response, name: str) -> None:
         """Status and encoding are right, and the file is the one that the last answer was of."""
@@ -213,13 +210,13 @@ class HttpSource:
         if code in (404, 410):
             raise UsageError(f"{shown} does not exist ({code}); check the URL")
         if code in BUSY:
-            raise CutError(f"{shown}: the server answers {code} {answer.reason}")
+            raise CutError(f"{shown}: the server answers {code} {_plain(answer.reason)}")
         if code == 416:
             raise _refusal(answer, "the file is shorter than the manifest says")
         if code not in (200, 206):
             raise EdgekitError(
-                f"{shown}: the server answers {code} {answer.reason}; check the URL and the "
-                "permissions"
+                f"{shown}: the server answers {code} {_plain(answer.reason)}; check the URL and "
+                "the permissions"
             )
         encoding = answer.headers.get("Content-Encoding", "identity")
         if encoding != "identity":
@@ -238,7 +235,7 @@ class HttpSource:
             check_size(without_secrets(answer.url), _count(total), stop, size)
         n_bytes = answer.headers.get("Content-Length")
         if n_bytes is not None and _count(n_bytes) != stop - start:
-            reason = f"{stop - start} bytes were asked for, it sends {n_bytes[:20]}"
+            reason = f"{stop - start} bytes were asked for, it sends {n_bytes[:20]!a}"
             raise _refusal(answer, reason)
 
     def _check_whole(
@@ -296,6 +293,11 @@ def _refusal(answer: requests.Response, reason: str) -> RefusedError:
     )
 
 
+def _plain(text: str) -> str:
+    """What a server says, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
+
+
 def _count(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
 
@@ -307,4 +309,4 @@ def _reason(error: BaseException) -> str:
     inner = getattr(error, "reason", None)
     if isinstance(inner, BaseException):
         return _reason(inner)
-    return str(error).rpartition(": ")[2][:200] or type(error).__name__
+    return _plain(str(error).rpartition(": ")[2]) or type(error).__name__

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +17,12 @@ import openai
 import psutil
 import requests
 
+MIB = 1 << 20
+ROOMY = "1GiB"  # more than the small models of the tests need
+# what the official client has no argument for
+EXACT = {"ignore_eos": True, "cache_prompt": False}
+WORDS = ["def", "class", "return", "self", "import", "value", "key", "for"]
+WORDS += ["in", "while", "if", "else", "try", "print", "open"]
 TOKEN, KEY = "a token for the budget", "a key for the models"
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -100,3 +107,32 @@ def told_token(served: Served) -> str:
     found = re.search(r"token for /budget: (\S+)", served.errors.read_text())
     assert found
     return found[1]
+
+
+def text_of(stream: Any) -> tuple[str, str, Any]:
+    """All pieces of a stream, why it ended, its counts; all chunks belong together."""
+    chunks = list(stream)
+    assert len({(chunk.id, chunk.model, chunk.created) for chunk in chunks}) == 1
+    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    pieces = [c.delta.content if hasattr(c, "delta") else c.text for c in choices]
+    reasons = [choice.finish_reason for choice in choices]
+    assert reasons[:-1] == [None] * (len(reasons) - 1) and reasons[-1] is not None
+    usages = [chunk.usage for chunk in chunks if chunk.usage is not None]
+    assert len(usages) <= 1
+    return "".join(piece or "" for piece in pieces), reasons[-1], usages[0] if usages else None
+
+
+def wait_for(claim: Any, seconds: float = 60.0) -> None:
+    """Until ``claim()`` is true."""
+    until = time.monotonic() + seconds
+    while not claim():
+        assert time.monotonic() < until, "it did not come true"
+        time.sleep(0.02)
+
+
+def smallest(served: Served) -> int:
+    """The budget in bytes that a refusal names."""
+    answer = served.resize(1)
+    match = re.search(r"the old depth stays: .* give --budget (\d+)MiB", answer.text)
+    assert answer.status_code == 422 and match, answer.text
+    return int(match[1]) * MIB

@@ -49,6 +49,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(503, {}, b"")
         if fault.startswith("redirect:"):
             return self.answer(302, {"Location": fault.partition(":")[2]}, b"")
+        if fault == "rude":
+            return self.answer(403, {}, b"", reason="\x1b[31mred")
+        if fault == "no HTTP":
+            self.close_connection = True
+            self.wfile.write(b"\x1b[31mred\r\n\r\n")
+            return None
         if not path.is_file():
             return self.answer(404, {}, b"")
         data = path.read_bytes()
@@ -60,8 +66,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         told = lie(fault, data, start, last, len(served.requests))
         self.answer(*told, cut=fault in ("cut", "changes"))
 
-    def answer(self, code: int, headers: dict[str, str], body: bytes, cut: bool = False) -> None:
-        self.send_response(code)
+    def answer(
+        self,
+        code: int,
+        headers: dict[str, str],
+        body: bytes,
+        cut: bool = False,
+        reason: str | None = None,
+    ) -> None:
+        self.send_response(code, reason)
         for key, value in ({"Content-Length": str(len(body))} | headers).items():
             if value:
                 self.send_header(key, value)

@@ -61,10 +61,7 @@ def pull(
     if as_json:
         print_json(asdict(pulled))
         return
-    note(
-        f"{output} {'would need' if dry_run else 'has'} {format_size(pulled.total_bytes)}: "
-        f"{format_size(pulled.manifest_bytes)} of manifest, {format_size(pulled.base_bytes)} of "
-        f"base, {format_size(pulled.levels_bytes)} of levels; "
-        f"{format_size(pulled.transferred_bytes)} came in {pulled.seconds:.1f} s"
-    )
+    if not dry_run:
+        came = f"{format_size(pulled.transferred_bytes)} came in {pulled.seconds:.1f} s"
+        note(f"{output} has {format_size(pulled.total_bytes)}; {came}")
     note(f"licence of the model: {pulled.license or 'not stated by its source'}")

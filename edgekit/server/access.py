@@ -1,5 +1,6 @@
 """Who may ask: bearer tokens, compared in constant time, and the hosts a browser may name."""
 
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -40,9 +41,8 @@ class Access:
         """
         if not is_loopback(self.host):
             return
-        name = (urllib.parse.urlsplit(f"//{header}").hostname or "") if header else ""
-        if name not in (*LOOPBACK_NAMES, self.host):
-            raise ApiError(421, f"this server is not {name[:80]!a}; ask for localhost")
+        if _name_in(header) not in (*LOOPBACK_NAMES, self.host):
+            raise ApiError(421, f"this server is not {header[:80]!a}; ask for localhost")
 
     def check_budget(self, header: str) -> None:
         """Check the ``Authorization`` header of ``/budget``; errors as `check_api`."""
@@ -64,6 +64,12 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _name_in(host_header: str) -> str | None:
+    with contextlib.suppress(ValueError):  # it is nothing that could be in a URL
+        return urllib.parse.urlsplit(f"//{host_header}").hostname
+    return None
 
 
 def _check(header: str, secret: str) -> None:

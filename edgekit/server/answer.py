@@ -4,14 +4,12 @@ import json
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from edgekit.llama import Timings
 from edgekit.llama.generation import StopReason
-from edgekit.server.ask import Ask
+from edgekit.server.ask import Ask, Body, Kind
 
-Body = dict[str, Any]
 OBJECTS = {"chat": "chat.completion", "text": "text_completion"}
 PREFIXES = {"chat": "chatcmpl-", "text": "cmpl-"}
 REASONS: dict[StopReason | None, str] = {
@@ -28,64 +26,62 @@ END = "data: [DONE]\n\n"
 class Form:
     """How one answer is written; all of its chunks share name and time."""
 
-    ask: Ask
+    kind: Kind
+    tells_usage: bool
     model: str
-    id: str = ""
-    created: int = field(default_factory=lambda: int(time.time()))
+    id: str
+    created: int
 
     @classmethod
     def of(cls, ask: Ask, model: str) -> "Form":
         """A new one."""
-        return cls(ask, model, PREFIXES[ask.kind] + secrets.token_hex(12))
+        name = PREFIXES[ask.kind] + secrets.token_hex(12)
+        return cls(ask.kind, ask.tells_usage, model, name, int(time.time()))
 
     def whole(self, text: str, stopped: StopReason | None, timings: Timings) -> Body:
         """The answer in one body."""
         content: Body = {"text": text}
-        if self.ask.kind == "chat":
+        if self.kind == "chat":
             content = {"message": {"role": "assistant", "content": text}}
-        choices = [_choice(content, stopped)]
+        choices = [_choice(content, REASONS[stopped])]
         return self._head("") | {"choices": choices, "usage": usage(timings)}
 
     def first(self) -> Iterator[str]:
         """The events that open a stream."""
-        if self.ask.kind == "chat":
+        if self.kind == "chat":
             yield self._event({"delta": {"role": "assistant", "content": ""}})
 
     def piece(self, text: str) -> str:
         """The event of one piece."""
-        is_chat = self.ask.kind == "chat"
+        is_chat = self.kind == "chat"
         return self._event({"delta": {"content": text}} if is_chat else {"text": text})
 
     def last(self, stopped: StopReason | None, timings: Timings) -> Iterator[str]:
         """The events that end a stream."""
-        empty: Body = {"delta": {}} if self.ask.kind == "chat" else {"text": ""}
-        yield self._event(empty, stopped, is_last=True)
-        if self.ask.tells_usage:
+        empty: Body = {"delta": {}} if self.kind == "chat" else {"text": ""}
+        yield self._event(empty, REASONS[stopped])
+        if self.tells_usage:
             yield event(self._chunk([]) | {"usage": usage(timings)})
         yield END
 
-    def _event(
-        self, content: Body, stopped: StopReason | None = None, *, is_last: bool = False
-    ) -> str:
-        choice = _choice(content, stopped) if is_last else _choice(content, None, told=None)
-        return event(self._chunk([choice]))
+    def _event(self, content: Body, reason: str | None = None) -> str:
+        return event(self._chunk([_choice(content, reason)]))
 
     def _chunk(self, choices: list[Body]) -> Body:
-        usage_so_far: Body = {"usage": None} if self.ask.tells_usage else {}
-        suffix = ".chunk" if self.ask.kind == "chat" else ""
+        usage_so_far: Body = {"usage": None} if self.tells_usage else {}
+        suffix = ".chunk" if self.kind == "chat" else ""
         return self._head(suffix) | {"choices": choices} | usage_so_far
 
     def _head(self, suffix: str) -> Body:
         return {
             "id": self.id,
-            "object": OBJECTS[self.ask.kind] + suffix,
+            "object": OBJECTS[self.kind] + suffix,
             "created": self.created,
             "model": self.model,
         }
 
 
-def _choice(content: Body, stopped: StopReason | None, told: str | None = "") -> Body:
-    reason = REASONS[stopped] if told is not None else None
+def _choice(content: Body, reason: str | None) -> Body:
     return {"index": 0, **content, "logprobs": None, "finish_reason": reason}
 
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import threading
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
@@ -17,8 +19,8 @@ from edgekit.errors import DoesNotFitError, EdgekitError, UsageError
 from edgekit.server import ask as asks
 from edgekit.server import metrics
 from edgekit.server.access import Access
-from edgekit.server.answer import Body, Form, event
-from edgekit.server.ask import Ask
+from edgekit.server.answer import Form, event
+from edgekit.server.ask import Ask, Body
 from edgekit.server.bodies import Bodies
 from edgekit.server.error import ApiError
 from edgekit.server.worker import Done, Event, Job, Worker
@@ -117,21 +119,19 @@ class _Served:
     async def _completion(self, request: Request, read: Callable[[Body], Ask]) -> Response:
         self._check_api(request)
         async with self._bodies.read(request, read) as ask:
-            answer = _Answer(self._worker, ask)
+            answer, form = _Answer(self._worker, ask), Form.of(ask, self._name)
             try:
                 first = await _unless_gone(request, answer.next())
-                return await self._answered(request, answer, first, Form.of(ask, self._name))
+                if ask.stream and not isinstance(first, ApiError):
+                    return _Stream(answer, form, first)
+                return await self._whole(request, answer, form, first)
             except BaseException:
                 answer.abandon()
                 raise
 
-    async def _answered(
-        self, request: Request, answer: "_Answer", first: Event, form: Form
+    async def _whole(
+        self, request: Request, answer: "_Answer", form: Form, first: Event
     ) -> Response:
-        if isinstance(first, ApiError):
-            raise first
-        if form.ask.stream:
-            return _Stream(answer, form, first)
         text, done = await _unless_gone(request, answer.rest(first))
         return JSONResponse(form.whole(text, done.stopped, done.timings))
 
@@ -160,16 +160,32 @@ class _Served:
 
 
 class _Answer:
-    """The events of one job, awaited in the loop's thread."""
+    """The events of one job, awaited in the loop's thread.
+
+    It holds little however slowly its client reads: what is unread is one text, and the request is
+    the worker's alone.
+    """
 
     def __init__(self, worker: Worker, ask: Ask) -> None:
         loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._job = Job(ask, lambda found: _later(loop, self._events.put_nowait, found))
-        worker.submit(self._job)
+        self._worker, self._is_gone = worker, threading.Event()
+        self._unread, self._has_more = deque[Event](), asyncio.Event()
+        worker.submit(Job(ask, lambda found: _later(loop, self._take, found), self._is_gone))
+
+    def _take(self, found: Event) -> None:
+        last = self._unread[-1] if self._unread else None
+        if isinstance(found, str) and isinstance(last, str):
+            self._unread[-1] = last + found
+        else:
+            self._unread.append(found)
+        self._has_more.set()
 
     async def next(self) -> Event:
-        return await self._events.get()
+        """The text that came since the last one, or what ends the answer."""
+        while not self._unread:
+            self._has_more.clear()
+            await self._has_more.wait()
+        return self._unread.popleft()
 
     async def rest(self, first: Event) -> tuple[str, Done]:
         """All of the text and the end; errors are raised."""
@@ -183,7 +199,8 @@ class _Answer:
 
     def abandon(self) -> None:
         """Nobody waits for it any more."""
-        self._job.is_gone.set()
+        self._is_gone.set()
+        self._worker.forget_gone()
 
 
 def _later(loop: asyncio.AbstractEventLoop, call: Callable[[T], None], value: T) -> None:

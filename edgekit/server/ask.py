@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from edgekit.errors import UsageError
 from edgekit.llama import Message, Sampling
 from edgekit.server.error import ApiError
 
@@ -155,17 +154,14 @@ def _sampling(body: Body) -> Sampling:
     seed = body.get("seed")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
         raise _wrong("seed", seed, "an integer")
-    try:
-        return Sampling(
-            temperature=_number(body, "temperature", default.temperature, 2),
-            seed=secrets.randbelow(MAX_SEED) if seed is None else seed % MAX_SEED,
-            top_k=_count(body, "top_k", least=0, default=default.top_k) or 0,
-            top_p=_number(body, "top_p", default.top_p, 1),
-            min_p=_number(body, "min_p", default.min_p, 1),
-            ignore_eos=_flag(body, "ignore_eos"),
-        )
-    except UsageError as error:
-        raise ApiError(400, str(error)) from error
+    return Sampling(
+        temperature=_number(body, "temperature", default.temperature, 2),
+        seed=secrets.randbelow(MAX_SEED) if seed is None else seed % MAX_SEED,
+        top_k=_count(body, "top_k", least=0, default=default.top_k) or 0,
+        top_p=_number(body, "top_p", default.top_p, 1),
+        min_p=_number(body, "min_p", default.min_p, 1),
+        ignore_eos=_flag(body, "ignore_eos"),
+    )
 
 
 def _number(body: Body, name: str, default: float, most: float) -> float:

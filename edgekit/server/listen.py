@@ -1,6 +1,7 @@
 """Run the application on a socket until the process is told to end."""
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
@@ -48,12 +49,26 @@ def url_of(bound: socket.socket) -> str:
 
 
 class _Server(uvicorn.Server):
-    """Ends at once at the second signal, whichever it is."""
+    """Ends at once at the second signal, whichever it is.
+
+    Uvicorn's own ``force_exit`` does not: from Python 3.12 on it waits for open connections first.
+    """
+
+    async def until_told(self, bound: socket.socket, is_ready: Callable[[], None]) -> None:
+        """Serve until a signal comes."""
+        self._loop = asyncio.get_running_loop()
+        self._serving = self._loop.create_task(self.serve([bound]))
+        while not self.started and not self._serving.done():
+            await asyncio.sleep(0.01)
+        if not self._serving.done():
+            is_ready()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._serving
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
-            self.force_exit = True
             logging.getLogger("uvicorn.error").disabled = True  # of requests it breaks off
+            self._loop.call_soon_threadsafe(self._serving.cancel)
         super().handle_exit(sig, frame)
 
 
@@ -83,15 +98,4 @@ def listen(app: Starlette, bound: socket.socket, is_ready: Callable[[], None]) -
     )
     for name in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it is done
         signal.signal(name, lambda number, frame: None)
-    asyncio.run(_serve(_Server(config), bound, is_ready))
-
-
-async def _serve(
-    server: uvicorn.Server, bound: socket.socket, is_ready: Callable[[], None]
-) -> None:
-    serving = asyncio.ensure_future(server.serve([bound]))
-    while not server.started and not serving.done():
-        await asyncio.sleep(0.01)
-    if not serving.done():
-        is_ready()
-    await serving
+    asyncio.run(_Server(config).until_told(bound, is_ready))

@@ -33,7 +33,7 @@ class GoneError(Exception):
     """The client went away."""
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Job:
     """A request on its way.
 
@@ -45,7 +45,7 @@ class Job:
 
     ask: Ask
     tell: Callable[[Event], None]
-    is_gone: threading.Event = field(default_factory=threading.Event)
+    is_gone: threading.Event
 
 
 @dataclass
@@ -53,12 +53,18 @@ class Totals:
     """What the worker did so far."""
 
     answers: Counter[str] = field(default_factory=Counter)  # by how they ended
+    counting: threading.Lock = field(default_factory=threading.Lock)
     held_tokens: int = 0
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     gen_tokens: int = 0
     gen_seconds: float = 0.0
     last: Timings = field(default_factory=Timings)  # of the last answer
+
+    def count(self, end: str) -> None:
+        """Count how an answer ended; in any thread."""
+        with self.counting:
+            self.answers[end] += 1
 
     def add(self, timings: Timings) -> None:
         """Count an answer, also one that was broken off."""
@@ -109,9 +115,19 @@ class Worker:
             ApiError: The line is too long.
         """
         if self.n_waiting >= MAX_WAITING:
-            self.totals.answers["turned away"] += 1
+            self.totals.count("turned away")
             raise ApiError(429, f"{MAX_WAITING} requests wait already; try again later")
         self._jobs.put(job)
+
+    def forget_gone(self) -> None:
+        """Take the jobs that nobody waits for out of the line."""
+        with self._jobs.mutex:
+            line = self._jobs.queue
+            gone = [job for job in line if job is not None and job.is_gone.is_set()]
+            for job in gone:
+                line.remove(job)
+        for _ in gone:
+            self.totals.count("gone")
 
     def wake(self) -> None:
         """Look at once at what was requested of the session."""
@@ -139,12 +155,12 @@ class Worker:
     def _do(self, job: Job) -> None:
         try:
             done = self._answer(job)
-            self.totals.answers[done.stopped or "end"] += 1
+            self.totals.count(done.stopped or "end")
             job.tell(done)
         except GoneError:
-            self.totals.answers["gone"] += 1
+            self.totals.count("gone")
         except Exception as error:  # one request fails, the server goes on
-            self.totals.answers["failed"] += 1
+            self.totals.count("failed")
             job.tell(_api_error(error))
 
     def _answer(self, job: Job) -> Done:
