@@ -105,13 +105,15 @@ def test_every_mark_says_its_number(seen, body):
     }  # fmt: skip
     for at, text in seen.marks:
         value = value_at(body, split(at))
-        if not isinstance(value, dict):
-            units = [
-                written(value, unit)
-                for unit in ("size", "bits", "rate", "share")
-                if unit != "share" or value <= 1
-            ]
-            assert any(number in text for number in units), (at, text)
+        if isinstance(value, dict):
+            assert f"KL {written(value['kl_mean'], 'kl')}" in text, (at, text)
+            continue
+        units = [
+            written(value, unit)
+            for unit in ("size", "bits", "rate", "share")
+            if unit != "share" or value <= 1
+        ]
+        assert any(number in text for number in units), (at, text)
 
 
 def test_the_data_is_in_the_page_as_json(html, body):

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from edgekit.manifest import Json
 from edgekit.report import plots
-from edgekit.report.numbers import Path, joined, value_at, written
+from edgekit.report.numbers import Path, joined, split, value_at, written
 from edgekit.report.svg import inline
 from edgekit.report.tips import describe
 
@@ -93,8 +93,7 @@ def render(body: Json) -> str:
 
 def _number(body: Json, path: str, unit: str) -> Markup:
     """A value in the text, by a path as `joined` writes it."""
-    keys = tuple(int(key) if key.isdigit() else key for key in path.split("/"))
-    return _cell(body, Cell(keys, unit))
+    return _cell(body, Cell(split(path), unit))
 
 
 def _cell(body: Json, cell: Cell) -> Markup:
