@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.catalog import open_catalog, read_manifest
-from edgekit.devices.profile import device_names, find_device
+from edgekit.devices.profile import Figure, device_names, find_device
 from edgekit.manifest import MANIFEST_NAME, dumps
 from edgekit.plan import least_bytes, plan_budget
 from edgekit.profile import profile
@@ -61,7 +61,8 @@ def full_body(artifact: Path) -> Any:
     """Of the data of a page: a device that nothing fits on is among it."""
     devices = [find_device(name) for name in device_names()[:3]]
     share = replace(devices[0].app_share, value=0.001)
-    devices.append(replace(devices[0], name="A watch", app_share=share))
+    small = Figure(1 << 22, "measured", "a probe")
+    devices.append(replace(devices[0], name="A watch", app_share=share, small_bytes=small))
     catalog = open_catalog(artifact)
     plans = [plan_budget(catalog, least_bytes(catalog, 512) << i, 512) for i in range(3)]
     trials = [trial(plan.budget_bytes or 0, 500.0 - 100 * i) for i, plan in enumerate(plans)]

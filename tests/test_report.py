@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from profiles import HOSTILE, full_body, with_quality
 
+from edgekit.devices.profile import FIGURES, OPTIONAL
 from edgekit.report import page, plots, render
 from edgekit.report.numbers import split, value_at, written
 
@@ -18,13 +19,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
-def artifact(llama_artifact, tmp_path_factory) -> Path:
-    return with_quality(llama_artifact, tmp_path_factory.mktemp("profile") / "edge")
-
-
-@pytest.fixture(scope="module")
-def body(artifact) -> Any:
-    return full_body(artifact)
+def body(llama_artifact, tmp_path_factory) -> Any:
+    return full_body(with_quality(llama_artifact, tmp_path_factory.mktemp("report") / "edge"))
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +83,13 @@ def test_every_number_of_the_page_is_a_value_of_the_json_in_its_unit(seen, body)
         value = value_at(body, split(given["data-at"]))
         assert given["value"] == (value if isinstance(value, str) else json.dumps(value))
         assert text == written(value, given["data-unit"])
+
+
+def test_the_source_of_every_figure_of_a_device_is_on_the_page(seen, body):
+    shown = {given["data-at"] for given, _ in seen.numbers}
+    for i, row in enumerate(body["devices"]):
+        for key in (*FIGURES, *(key for key in OPTIONAL if row["device"][key])):
+            assert f"devices/{i}/device/{key}/source" in shown
 
 
 def test_no_other_digit_is_on_the_page_but_in_names(seen, body):

@@ -308,7 +308,6 @@ def _experts(body: Json) -> Section | None:
             *(
                 Cell(("experts", "hit_curves", k, "hit_rate", i), "share")
                 for k in range(len(curves))
-                if i < len(curves[k]["hit_rate"])
             ),
         )
         for i in range(len(sizes))
@@ -340,6 +339,9 @@ FIGURE_UNITS = {
     "token_seconds": "seconds",
     "layer_seconds": "seconds",
     "prompt_layer_seconds": "seconds",
+    "small_bytes": "size",
+    "small_decode_bytes_per_s": "speed",
+    "small_prompt_operations_per_s": "rate",
 }
 
 
@@ -347,8 +349,10 @@ def _sources(body: Json) -> Section | None:
     if not body["devices"]:
         return None
     rows: list[tuple[Cell, ...]] = []
-    for i in range(len(body["devices"])):
+    for i, row in enumerate(body["devices"]):
         for name, unit in FIGURE_UNITS.items():
+            if row["device"][name] is None:
+                continue
             base: tuple[Any, ...] = ("devices", i, "device", name)
             rows.append(
                 (
