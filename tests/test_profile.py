@@ -1,6 +1,7 @@
 """What each budget buys: the data against the planner, and the command that gives it."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -113,11 +114,13 @@ def test_peers_are_rows_of_others(tmp_path):
     rows = [
         {"tool": "x", "name": "b", "weights_bytes": 9, "kl_mean": 0.5, "load_seconds": 1},
         {"tool": "x", "name": "a", "weights_bytes": 3, "kl_mean": 1.5},
-        {"tool": "y", "name": "failed", "weights_bytes": 3, "kl_mean": None},
     ]
     path.write_text(json.dumps({"models": rows}))
     assert [(row["name"], row["kl_mean"]) for row in read_peers(path)] == [("a", 1.5), ("b", 0.5)]
-    for text in ("[]", "{", '{"models": [{"kl_mean": 1}]}', '{"models": [1]}', '{"models": 3}'):
+    lies = [{"kl_mean": 1}, 1, *(rows[0] | {"kl_mean": x} for x in (-1.0, math.inf, math.nan))]
+    lies += [rows[0] | {"weights_bytes": n} for n in (0, math.inf)]
+    texts = [json.dumps({"models": [lie]}) for lie in lies]
+    for text in ("[]", "{", "[" * 100_000, '{"models": 3}', *texts):
         path.write_text(text)
         with pytest.raises(RefusedError, match="holds no list of models"):
             read_peers(path)
@@ -126,15 +129,16 @@ def test_peers_are_rows_of_others(tmp_path):
 @pytest.mark.parametrize(
     "told",
     [
-        EXPERTS | {"hit_curves": [{"policy": "lru"}]},
-        EXPERTS | {"hit_curves": [CURVES[0] | {"hit_rate": [1.0]}]},
-        EXPERTS | {"hit_curves": 3},
-        {"hit_curves": CURVES},
+        {"hit_curves": [{"policy": "lru"}]},
+        {"hit_curves": [CURVES[0] | {"hit_rate": [1.0]}]},
+        {"hit_curves": [CURVES[0], CURVES[1] | {"experts_per_layer": [1, 2, 3]}]},
+        {"hit_curves": 3},
+        {"verdict": 3},
     ],
 )
 def test_experts_told_in_another_form_are_refused(llama_artifact, tmp_path, told):
-    folder = with_facts(llama_artifact, tmp_path / "edge", experts=told)
-    with pytest.raises(RefusedError, match="experts"):
+    folder = with_facts(llama_artifact, tmp_path / "edge", experts=EXPERTS | MORE | told)
+    with pytest.raises(RefusedError, match=r"hit_?\s?curves?|verdict"):
         profile(folder, [])
 
 
