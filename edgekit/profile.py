@@ -244,7 +244,7 @@ def read_peers(path: Path) -> tuple[Json, ...]:
     """
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-        rows = [
+        rows: list[Json] = [
             {
                 "tool": str(row["tool"]),
                 "name": str(row["name"]),
