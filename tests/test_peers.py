@@ -41,10 +41,15 @@ def test_where_a_peer_wins_the_page_says_so():
     text = page(body(row(0.01, decode=150.0)))
     assert "- peer file: better quality at its bytes." in text
     assert "- peer file decodes faster: 150 against 100 tokens/s." in text
-    assert "in 3.0 s by peer, against 40.0 s" in text
+    assert "made faster than an artifact for all sizes: 3.0 s by peer, against 40.0 s." in text
+    assert "memory to make than an artifact for all sizes: 0 MiB by peer, against 1 MiB." in text
+    assert "smaller than an artifact for all sizes: 100 bytes by peer, against 1,234 bytes." in text
     assert "reads prompts faster" not in text
     behind = page(body(row(0.03, decode=90.0)))
     assert "better quality" not in behind and "decodes faster" not in behind
+    costly = row(0.03) | {"convert_seconds": 50.0, "convert_peak_bytes": 2 << 20}
+    assert "all sizes: 100 bytes" in page(body(costly))
+    assert "to make than" not in page(body(costly)) and "made faster" not in page(body(costly))
 
 
 def test_a_peer_that_did_not_run_is_listed_with_its_words():
