@@ -55,8 +55,8 @@ def llama_cpp(work: Path) -> Path:
     name = LLAMA_CPP.replace("-", "_").replace("==", "-")
     folder = work / name / "vendor" / "llama.cpp"
     if not (folder / "convert_hf_to_gguf.py").is_file():
-        pip = [sys.executable, "-I", "-m", "pip", "download", "--quiet", "--no-deps"]
-        pip += ["--no-build-isolation", "--no-binary", ":all:", "-d", work, LLAMA_CPP]
+        pip = [python_of(work, "llama.cpp"), "-I", "-m", "pip", "download", "--quiet", "--no-deps"]
+        pip += ["--no-binary", LLAMA_CPP.partition("==")[0], "-d", work, LLAMA_CPP]
         timed(pip, work / "llama.cpp.download.log")
         with tarfile.open(work / f"{name}.tar.gz") as archive:
             archive.extractall(work, filter="data")
