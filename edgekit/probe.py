@@ -11,9 +11,10 @@ import platform
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ SMALL_BYTES = 4 << 20  # that stay in the caches of any processor that does not 
 MOST_BYTES, FILE_BYTES = 256 << 20, 128 << 20  # of memory and of a file that are read
 N_DECODES, N_SMALL, N_PROMPT = 24, 120, 256
 REPEATS = 3
+N_ROUNDS = 2  # over all models: a machine's other work comes in bursts
 
 
 def small_shape(kind: str, layers: int = 4, feed_forward: int = 768) -> ProbeShape:
@@ -82,7 +84,7 @@ def shapes() -> tuple[ProbeShape, ...]:
 
 
 def probe(folder: Path, name: str, progress: Progress, n_threads: int | None = None) -> Device:
-    """Measure this machine; takes about a quarter of a minute, and 128 MiB of disk for a while.
+    """Measure this machine; takes about half a minute, and 128 MiB of disk for a while.
 
     Args:
         folder: Where the storage is that artifacts will lie on.
@@ -94,16 +96,22 @@ def probe(folder: Path, name: str, progress: Progress, n_threads: int | None = N
         DiskFullError: There is no room for the file.
     """
     threads = n_threads or default_threads()
-    progress.start("probe", len(shapes()) + 2)
+    progress.start("probe", N_ROUNDS * len(shapes()) + 2)
     memory = _memory_bytes_per_s(threads)
     progress.advance(1)
     storage = _storage_bytes_per_s(folder)
     progress.advance(1)
-    timings = {}
-    for shape in shapes():
-        timings[shape] = _time(shape, threads)
+    rounds = defaultdict[ProbeShape, list[Timing]](list)
+    for shape in N_ROUNDS * shapes():
+        rounds[shape].append(_time(shape, threads))
         progress.advance(1)
+    timings = {shape: least_disturbed(of_shape) for shape, of_shape in rounds.items()}
     return described(name, Measured(threads, memory, storage, timings))
+
+
+def least_disturbed(rounds: Sequence[Timing]) -> Timing:
+    """Of one model the least of every time, as of the trials that the profile predicts."""
+    return Timing(*map(min, zip(*map(astuple, rounds), strict=True)))
 
 
 def described(name: str, measured: Measured) -> Device:
@@ -240,10 +248,10 @@ def _time(shape: ProbeShape, threads: int) -> Timing:
         if shape == DEEP:
             c.decode(ids[: CONTEXT - len(c.tokens) - N_DECODES])
             late = [_seconds(lambda: c.decode(ids[:1])) for _ in range(N_DECODES)]
-    return Timing(_least_disturbed(tokens), _least_disturbed(late), min(prompts[1:]))
+    return Timing(_least_median(tokens), _least_median(late), min(prompts[1:]))
 
 
-def _least_disturbed(seconds: Sequence[float]) -> float:
+def _least_median(seconds: Sequence[float]) -> float:
     """The least median of a few stretches."""
     n = max(1, len(seconds) // REPEATS)
     return min(statistics.median(seconds[i : i + n]) for i in range(0, len(seconds) - n + 1, n))

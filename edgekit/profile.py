@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
+from math import inf
 from pathlib import Path
 
 from edgekit import __version__
@@ -16,7 +17,7 @@ from edgekit.catalog import Catalog, open_catalog
 from edgekit.devices.profile import Device
 from edgekit.errors import DoesNotFitError, RefusedError
 from edgekit.footprint import CELLS, kv_bytes, kv_choices
-from edgekit.manifest import MANIFEST_NAME, Json
+from edgekit.manifest import Json
 from edgekit.plan import Plan, context_of, expected_kl, least_bytes, plan_budget, shape_in
 from edgekit.planner import resident_bytes, resident_step, tier_at, uniform
 from edgekit.speed import Prediction, predict
@@ -183,15 +184,15 @@ def profile(
     n_tokens = context_of(shape, context)
     plans = budget_plans(catalog, n_tokens, kv_type)
     roles, columns = _axes(catalog)
-    quality = tuple(manifest.quality)
+    quality, tiers = tuple(manifest.quality), _tiers(catalog)
     return Profile(
         edgekit=__version__,
-        artifact=_facts(catalog),
+        artifact=_facts(catalog, tiers),
         context=n_tokens,
         kv_type=kv_type,
         least_bytes=least_bytes(catalog, n_tokens, kv_type),
         reference_ppl=quality[-1].get("ref_ppl") if quality else None,
-        tiers=_tiers(catalog),
+        tiers=tiers,
         quality=quality,
         stairs=_stairs(catalog),
         peers=tuple(peers),
@@ -243,7 +244,7 @@ def read_peers(path: Path) -> tuple[Json, ...]:
     """
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-        rows = [
+        rows: list[Json] = [
             {
                 "tool": str(row["tool"]),
                 "name": str(row["name"]),
@@ -251,16 +252,17 @@ def read_peers(path: Path) -> tuple[Json, ...]:
                 "kl_mean": float(row["kl_mean"]),
             }
             for row in body["models"]
-            if row.get("kl_mean") is not None and not row["tool"].startswith("edgekit")
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(0 <= row["kl_mean"] < inf and row["weights_bytes"] > 0 for row in rows):
+            raise ValueError("a number is out of range")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise RefusedError(
             f"{path} holds no list of models with tool, name, weights_bytes and kl_mean: {error}"
         ) from error
     return tuple(sorted(rows, key=lambda row: row["weights_bytes"]))
 
 
-def _facts(catalog: Catalog) -> Facts:
+def _facts(catalog: Catalog, tiers: Sequence[TierRow]) -> Facts:
     m = catalog.manifest
     stored = m.base.n_bytes + m.levels.n_bytes
     return Facts(
@@ -274,7 +276,7 @@ def _facts(catalog: Catalog) -> Facts:
         artifact_bytes=stored,
         base_bytes=m.base.n_bytes,
         levels_bytes=m.levels.n_bytes,
-        separate_bytes=sum(row.weights_bytes for row in _tiers(catalog)),
+        separate_bytes=sum(row.weights_bytes for row in tiers),
         longest_context=shape_in(catalog).context,
     )
 
@@ -356,28 +358,10 @@ def _cache(catalog: Catalog) -> tuple[CacheRow, ...]:
 
 
 def _experts(told: Json) -> Json:
-    """Of what the manifest tells of its experts, what the page shows.
-
-    Raises:
-        RefusedError: It is not of the form that ``convert`` writes.
-    """
+    """Of what the manifest tells of its experts, what the page shows."""
     if not told.get("hit_curves"):
         return {}
-    try:
-        curves = [
-            {
-                "policy": str(curve["policy"]),
-                "experts_per_layer": [int(n) for n in curve["experts_per_layer"]],
-                "hit_rate": [float(rate) for rate in curve["hit_rate"]],
-            }
-            for curve in told["hit_curves"]
-        ]
-        if any(len(c["experts_per_layer"]) != len(c["hit_rate"]) for c in curves):
-            raise ValueError("a hit curve has more sizes than rates, or fewer")
-        facts = {key: int(told[key]) for key in ("n_experts", "n_used")}
-        return {**facts, "hit_curves": curves, "verdict": str(told["verdict"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise RefusedError(f"{MANIFEST_NAME}: experts: {error}") from error
+    return {key: told[key] for key in ("n_experts", "n_used", "hit_curves", "verdict")}
 
 
 def _spread(plans: Sequence[Plan], n: int) -> list[Plan]:

@@ -85,12 +85,9 @@ def work_of(catalog: Catalog, plan: Plan) -> Work:
 
 
 def _attention(catalog: Catalog, shape: Shape) -> tuple[int, int]:
-    key = f"{catalog.manifest.architecture}.attention.head_count"
-    heads = catalog.manifest.model.get(key, 1)
-    per_layer = heads if isinstance(heads, list) else [heads] * shape.n_layers
-    elements = [int(n) * sum(shape.head_sizes) for n in per_layer]
-    windowed = sum(n for n, is_in in zip(elements, shape.windowed, strict=True) if is_in)
-    return sum(elements) - windowed, windowed
+    heads = catalog.manifest.model[f"{catalog.manifest.architecture}.attention.head_count"]
+    per_layer, n_windowed = int(heads) * sum(shape.head_sizes), sum(shape.windowed)
+    return per_layer * (shape.n_layers - n_windowed), per_layer * n_windowed
 
 
 def _expert_share(catalog: Catalog) -> float:

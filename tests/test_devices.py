@@ -56,6 +56,22 @@ def test_figures_are_those_of_hardware(name):
     assert 1e-6 < device.layer_seconds.value < 1e-3
 
 
+@pytest.mark.parametrize("name", device_names())
+def test_what_is_estimated_from_other_figures_follows_from_them(name):
+    """The factor is the one that the source says."""
+    device = find_device(name)
+    memory = device.memory_bytes_per_s.value
+    assert device.cached_bytes_per_s.value == pytest.approx(memory / 4, rel=0.01)
+    if device.decode_bytes_per_s.kind == "estimated":
+        assert device.decode_bytes_per_s.value == pytest.approx(0.65 * memory, rel=0.01)
+    prompt = device.prompt_operations_per_s
+    if prompt.kind == "estimated":
+        cycles = 1e9 * float(prompt.source.split(" G cycles/s")[0])
+        assert prompt.value == pytest.approx(11.4 * cycles, rel=0.01)
+        assert device.attention_per_s.value == pytest.approx(1.5 * cycles, rel=0.04)
+        assert cycles < 4e9 * device.cores.value  # of the cores that decode, no others
+
+
 def test_a_budget_is_the_share_of_an_app():
     assert find_device("pixel-8").budget_bytes == 4 << 30  # half of 8 GiB
 

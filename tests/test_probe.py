@@ -17,6 +17,7 @@ from edgekit.probe import (
     Timing,
     described,
     large_shape,
+    least_disturbed,
     probe,
     shapes,
     small_shape,
@@ -104,6 +105,10 @@ def test_noise_larger_than_what_is_measured_leaves_every_figure_above_zero(tmp_p
     path = tmp_path / "noisy.toml"
     path.write_text(as_toml(device))
     assert find_device(str(path)) == device  # which refuses what is not above zero
+
+
+def test_of_two_rounds_the_less_disturbed_counts():
+    assert least_disturbed([Timing(1.0, 5.0, 3.0), Timing(2.0, 4.0, 3.5)]) == Timing(1.0, 4.0, 3.0)
 
 
 def test_large_models_do_not_fit_caches_and_small_ones_differ_in_weights_alone():

@@ -8,8 +8,9 @@ from edgekit.catalog import open_catalog
 from edgekit.devices.profile import Figure, find_device
 from edgekit.kernels.ggml import row_bytes
 from edgekit.measure import highest_depths
-from edgekit.plan import plan_budget, plan_tier
+from edgekit.plan import plan_budget, plan_tier, shape_in
 from edgekit.speed import (
+    _attention,
     predict,
     prompt_seconds,
     stored_bytes,
@@ -108,6 +109,13 @@ def test_attention_reads_whole_groups_of_cells_beyond_the_first(llama):
     assert work.attended(257) == work.attended(512) == 256 * per_cell
     device = only(attention_per_s=1e6)
     assert token_seconds(device, work, 1000) == pytest.approx(768 * per_cell / 1e6)
+
+
+def test_layers_with_a_window_are_counted_apart(llama):
+    catalog, work = llama
+    shape = replace(shape_in(catalog), n_layers=3, windowed=(True, False, True))
+    per_layer = sum(work.attention) // work.layers
+    assert _attention(catalog, shape) == (per_layer, 2 * per_layer)
 
 
 def test_a_window_ends_what_a_layer_attends_to(llama):

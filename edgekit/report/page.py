@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from edgekit.manifest import Json
 from edgekit.report import plots
-from edgekit.report.numbers import Path, joined, value_at, written
+from edgekit.report.numbers import Path, joined, split, value_at, written
 from edgekit.report.svg import inline
 from edgekit.report.tips import describe
 
@@ -93,8 +93,7 @@ def render(body: Json) -> str:
 
 def _number(body: Json, path: str, unit: str) -> Markup:
     """A value in the text, by a path as `joined` writes it."""
-    keys = tuple(int(key) if key.isdigit() else key for key in path.split("/"))
-    return _cell(body, Cell(keys, unit))
+    return _cell(body, Cell(split(path), unit))
 
 
 def _cell(body: Json, cell: Cell) -> Markup:
@@ -309,7 +308,6 @@ def _experts(body: Json) -> Section | None:
             *(
                 Cell(("experts", "hit_curves", k, "hit_rate", i), "share")
                 for k in range(len(curves))
-                if i < len(curves[k]["hit_rate"])
             ),
         )
         for i in range(len(sizes))
@@ -341,6 +339,9 @@ FIGURE_UNITS = {
     "token_seconds": "seconds",
     "layer_seconds": "seconds",
     "prompt_layer_seconds": "seconds",
+    "small_bytes": "size",
+    "small_decode_bytes_per_s": "speed",
+    "small_prompt_operations_per_s": "rate",
 }
 
 
@@ -348,8 +349,10 @@ def _sources(body: Json) -> Section | None:
     if not body["devices"]:
         return None
     rows: list[tuple[Cell, ...]] = []
-    for i in range(len(body["devices"])):
+    for i, row in enumerate(body["devices"]):
         for name, unit in FIGURE_UNITS.items():
+            if row["device"][name] is None:
+                continue
             base: tuple[Any, ...] = ("devices", i, "device", name)
             rows.append(
                 (

@@ -15,6 +15,7 @@ from edgekit.report.numbers import Path, split
 
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 MARK = "at:"
+DRAWING = {"style", "d", "transform", "x", "y", "width", "height", "viewBox"}
 ElementTree.register_namespace("", SVG[1:-1])
 ElementTree.register_namespace("xlink", XLINK[1:-1])
 _REFERENCE = re.compile(r"#([\w-]+)")
@@ -44,12 +45,19 @@ def inline(
                 parent.remove(child)
     _describe_marks(root, describe)
     _keep_ids_in_use(root, re.sub(r"\W+", "-", label.lower()))
-    text = ElementTree.tostring(root, encoding="unicode")
-    text = re.sub(r"(\d+\.\d{2})\d+", r"\1", text)  # a hundredth of a point cannot be seen
-    text = re.sub(r"font: ([\d.]+)px [^\";]+", r"font-size: \1px", text)
-    for colour, name in colours.items():
-        text = text.replace(colour, name)
-    return text
+    _restyle(root, colours)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _restyle(root: ElementTree.Element, colours: Mapping[str, str]) -> None:
+    """Shorten coordinates, and leave type and colours to the page; words stay as they are."""
+    for element in root.iter():
+        for key in element.attrib.keys() & DRAWING:
+            value = re.sub(r"(\d+\.\d{2})\d+", r"\1", element.attrib[key])  # a hundredth of a point
+            value = re.sub(r"font: ([\d.]+)px [^\";]+", r"font-size: \1px", value)
+            for colour, name in colours.items():
+                value = value.replace(colour, name)
+            element.set(key, value)
 
 
 def _describe_marks(root: ElementTree.Element, describe: Callable[[Path], str]) -> None:

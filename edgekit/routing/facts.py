@@ -34,6 +34,10 @@ def check_experts(experts: Json) -> Json:
         )
         if not is_sound:
             raise RefusedError("edgekit.json: a hit curve of experts is no list of sizes and rates")
+    if len({tuple(curve["experts_per_layer"]) for curve in experts["hit_curves"]}) > 1:
+        raise RefusedError("edgekit.json: hit curves of experts are told for different sizes")
+    if not isinstance(experts.get("verdict"), str):
+        raise RefusedError("edgekit.json: experts need a 'verdict' in words")
     recommended = experts.get("recommended")
     if not isinstance(recommended, dict):
         raise RefusedError("edgekit.json: experts need a 'recommended' cache")

@@ -1,22 +1,18 @@
 """How each peer makes its files of a checkpoint by its own tools: commands and their results."""
 
 import json
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from commands import HERE, Failed, timed
 from venvs import llama_cpp, python_of
 
-HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 MIXES = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K")
 PRE_TOKENIZER = "gpt-2"  # of the samples' tokenizers, which llama.cpp's converter does not know
 AUTOROUND = {"GGUF:Q2_K_S": "gguf:q2_k_s", "GGUF:Q4_K_M": "gguf:q4_k_m"}
-TIMEOUT_SECONDS = 3600
 
 
 @dataclass(frozen=True)
@@ -41,31 +37,6 @@ class Built:
     files: tuple[Path, ...]
     seconds: float
     peak_bytes: int
-
-
-class Failed(Exception):
-    """A peer's tool ended with an error; the text is its last line."""
-
-
-def timed(words: Sequence[object], log: Path) -> tuple[float, int]:
-    """Run a command; seconds and peak resident bytes, by the kernel's count.
-
-    Raises:
-        Failed: It ended with an error or took too long.
-    """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment |= {"PYTHONPATH": str(ROOT / "tests"), "EDGEKIT_CACHE": str(log.parent / "cache")}
-    started = time.perf_counter()
-    with log.open("wb") as file:
-        child = subprocess.Popen(
-            [str(word) for word in words], stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
-        _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode != 0:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise Failed(lines[-1][-300:] if lines else f"exit code {child.returncode}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024
 
 
 def edgekit(checkpoint: Path, out: Path) -> tuple[Path, float, int]:

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,8 @@ from typing import Any
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parent))
-from builders import HERE, PEERS, ROOT, Built, Failed, edgekit, timed
+from builders import PEERS, ROOT, Built, edgekit
+from commands import HERE, Failed, timed
 from table import page
 from venvs import LLAMA_CPP, VENVS
 
@@ -117,7 +117,7 @@ def compare(sample: str, work: Path, chunks: int, only: list[str]) -> Row:
                 if built.path.suffix == ".gguf":
                     rows[-1]["weights_bytes"] -= header_bytes(built.path)
                 print(json.dumps(rows[-1]), flush=True)
-        except (Failed, subprocess.CalledProcessError, OSError, ValueError) as error:
+        except (Failed, OSError, ValueError) as error:
             failures[peer] = " ".join(str(error).split())[:400]
             print(f"{peer}: {failures[peer]}", flush=True)
     for row in list(rows):

@@ -70,6 +70,17 @@ FIGURES = (
     ("prompt_tokens_per_s", True, "reads prompts faster", "{:.0f} against {:.0f} tokens/s"),
     ("load_seconds", False, "loads faster", "{:.2f} against {:.2f} s"),
 )
+# Of making a file and of converting once: what a row has, what edgekit has, and how it is said
+ONCE = (
+    ("convert_seconds", "seconds", "is made faster than", "{:.1f} s".format),
+    (
+        "convert_peak_bytes",
+        "peak_bytes",
+        "takes less memory to make than",
+        lambda n: f"{n / MIB:.0f} MiB",
+    ),
+    ("weights_bytes", "artifact_bytes", "is smaller than", "{:,} bytes".format),
+)
 CLEARLY = 1.1  # times; less is not told apart from noise
 
 
@@ -85,14 +96,14 @@ def _wins(body: Row) -> Iterator[str]:
             ratio = row[key] / mine[key] if more else mine[key] / row[key]
             if ratio >= CLEARLY:
                 yield f"- {name} {words}: {form.format(row[key], mine[key])}."
-    seconds = body["edgekit"]["seconds"]
-    quick = [row for row in body["models"] if row["convert_seconds"] < seconds]
-    if quick:
-        least = min(row["convert_seconds"] for row in quick)
-        yield (
-            f"- One file is made faster than an artifact for all sizes: in {least:.1f} s by "
-            f"{min(quick, key=lambda r: r['convert_seconds'])['tool']}, against {seconds:.1f} s."
-        )
+    for key, ours, words, form in ONCE:
+        least = min(body["models"], key=lambda row: row[key], default=None)
+        if least and least[key] < body["edgekit"][ours]:
+            theirs, mine = form(least[key]), form(body["edgekit"][ours])
+            yield (
+                f"- One file {words} an artifact for all sizes: {theirs} by {least['tool']}, "
+                f"against {mine}."
+            )
     yield ""
 
 

@@ -1,10 +1,11 @@
 """Virtual environments of the peers, outside the repository, every package that matters pinned."""
 
 import json
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
+
+from commands import Failed, timed
 
 TORCH = "torch==2.13.0"
 VENVS = {
@@ -29,23 +30,22 @@ def python_of(work: Path, peer: str) -> Path:
     torch comes from its CPU index or from what pip is configured to; never a CUDA build.
 
     Raises:
-        CalledProcessError: pip failed; its output is on stderr.
+        Failed: pip could not install it.
     """
-    folder = work / peer
+    folder, log = work / peer, work / f"{peer}.install.log"
     python, stamp = folder / "bin" / "python", folder / "peers.json"
     wanted = json.dumps(VENVS[peer])
     if stamp.is_file() and stamp.read_text() == wanted:
         return python
-    subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    others = [name for name in VENVS[peer] if name != TORCH]
+    timed([sys.executable, "-m", "venv", "--clear", folder], log)
+    # -I: a file of the folder that one stands in must not pass for a module of pip's
+    pip = [python, "-I", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if TORCH in VENVS[peer]:
-        exact = subprocess.run([*pip, f"{TORCH}+cpu"], capture_output=True)
-        if exact.returncode != 0:
-            index = "https://download.pytorch.org/whl/cpu"
-            subprocess.run([*pip, TORCH, "--index-url", index], check=True)
-        others.append(TORCH)
-    subprocess.run([*pip, *others], check=True)
+        try:
+            timed([*pip, f"{TORCH}+cpu"], log)
+        except Failed:
+            timed([*pip, TORCH, "--index-url", "https://download.pytorch.org/whl/cpu"], log)
+    timed([*pip, *VENVS[peer]], log)
     stamp.write_text(wanted)
     return python
 
@@ -55,16 +55,9 @@ def llama_cpp(work: Path) -> Path:
     name = LLAMA_CPP.replace("-", "_").replace("==", "-")
     folder = work / name / "vendor" / "llama.cpp"
     if not (folder / "convert_hf_to_gguf.py").is_file():
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--no-build-isolation",
-        ]
-        subprocess.run([*pip, "--no-binary", ":all:", LLAMA_CPP, "-d", work], check=True)
+        pip = [python_of(work, "llama.cpp"), "-I", "-m", "pip", "download", "--quiet", "--no-deps"]
+        pip += ["--no-binary", LLAMA_CPP.partition("==")[0], "-d", work, LLAMA_CPP]
+        timed(pip, work / "llama.cpp.download.log")
         with tarfile.open(work / f"{name}.tar.gz") as archive:
             archive.extractall(work, filter="data")
     return folder
