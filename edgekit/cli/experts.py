@@ -36,4 +36,4 @@ def print_experts(experts: dict[str, Any]) -> None:
         f"({trace.get('runtime', 'unknown')}); the tenth of the experts used most takes "
         f"{experts.get('top_share', nan):.0%}"
     )
-    note(experts.get("verdict", "no verdict"))
+    note(experts["verdict"])

@@ -12,7 +12,7 @@ Json = dict[str, Any]
 def check_experts(experts: Json) -> Json:
     """Give ``experts`` back, what is read of it checked; one that is empty knows nothing.
 
-    Planning needs sizes, hit curves and the recommended cache; the rest may be absent.
+    Sizes, hit curves, the verdict and the recommended cache are needed; the rest may be absent.
 
     Raises:
         RefusedError: A field is missing, of another kind or out of range.
@@ -42,7 +42,7 @@ def check_experts(experts: Json) -> Json:
     if not isinstance(recommended, dict):
         raise RefusedError("edgekit.json: experts need a 'recommended' cache")
     _count(recommended, "experts_per_layer", n)
-    _check_told({"srp": [], "sch": [], "trace": {}, "verdict": "", "top_share": 0.0} | experts)
+    _check_told({"srp": [], "sch": [], "trace": {}, "top_share": 0.0} | experts)
     if not _is_table({"layers": [], "next_layer": []} | experts, n):
         raise RefusedError("edgekit.json: experts' next_layer is no table of experts and counts")
     return experts
@@ -53,9 +53,8 @@ def _check_told(experts: Json) -> None:
     for name, keys in NUMBERS.items():
         if not all(_is_number(row.get(key)) for row in _objects(experts, name) for key in keys):
             raise RefusedError(f"edgekit.json: experts' {name} needs numbers {', '.join(keys)}")
-    for key, kind in (("trace", dict), ("verdict", str)):
-        if not isinstance(experts[key], kind):
-            raise RefusedError(f"edgekit.json: experts' {key} is no {kind.__name__}")
+    if not isinstance(experts["trace"], dict):
+        raise RefusedError("edgekit.json: experts' trace is no object")
     if not _is_number(experts["top_share"]):
         raise RefusedError("edgekit.json: experts' top_share is no number")
 
