@@ -4,9 +4,6 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +12,24 @@ import psutil
 import pytest
 from click.testing import CliRunner
 from converted import plain, tiny
+from paged import TRAINED, paged, tokens
 
 from edgekit.artifact import open_artifact
 from edgekit.cli import main
 from edgekit.decode import chunks_of
-from edgekit.engine import Engine, Settings
 from edgekit.errors import DoesNotFitError, EdgekitError, RefusedError, UsageError
 from edgekit.expert_budget import expert_bytes
 from edgekit.expert_plan import experts_of, plan_any, plan_paged
 from edgekit.llama import Context, Listener, open_model
 from edgekit.loader import load
 from edgekit.materialize import materialize
-from edgekit.paging import Pager
 from edgekit.paging.store import LevelStore
 from edgekit.plan import Plan
 from edgekit.routing.eviction import RANKS
 
 TIERS = ("Q4_K", "Q8_0")
 MODELS = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "smallthinker", "tiny-moe")
-TRAINED = Path(__file__).parents[1] / "samples/tiny-moe"
-N_TOKENS, N_PROMPT, N_BATCH = 500, 100, 64
+N_TOKENS, N_PROMPT = 500, 100
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -53,10 +48,6 @@ def qwen(tmp_path_factory) -> Path:
     return plain(checkpoint, folder / "artifact", TIERS).artifact
 
 
-def tokens(n: int) -> list[int]:
-    return [int(t) for t in np.random.default_rng(1).integers(3, 320, n)]
-
-
 def logits_of(context: Context, batch: int) -> np.ndarray:
     """A prompt in batches, then token by token."""
     ids, rows = tokens(N_TOKENS), []
@@ -64,21 +55,6 @@ def logits_of(context: Context, batch: int) -> np.ndarray:
         rows.append(context.decode(ids[start : min(start + batch, N_PROMPT)], "last"))
     rows += [context.decode([token]) for token in ids[N_PROMPT:]]
     return np.concatenate(rows)
-
-
-@contextmanager
-def paged(artifact: Path, cache: int, **settings: object) -> Iterator[tuple[Engine, Plan, Pager]]:
-    with open_artifact(artifact) as opened:
-        plan = replace(plan_paged(opened, 1 << 40, 512, expert_cache=cache), batch=N_BATCH)
-        assert plan.paged is not None
-        plan = replace(plan, batch=min(N_BATCH, plan.paged.longest_batch))
-        engine = Engine(opened, Settings(1, **settings))  # type: ignore[arg-type]
-        try:
-            engine.load(plan)
-            assert engine.pager is not None
-            yield engine, plan, engine.pager
-        finally:
-            engine.close()
 
 
 def resident(artifact: Path, plan: Plan, path: Path) -> np.ndarray:
