@@ -146,9 +146,8 @@ def read_trace(path: Path) -> Trace:
             return _read_npz(path)
         return _read_lines(path)
     except UNREADABLE as error:
-        raise RefusedError(
-            f"{path} is no trace: {str(error) or type(error).__name__}; make one with: edgekit trace"
-        ) from error
+        reason = str(error) or type(error).__name__
+        raise RefusedError(f"{path} is no trace: {reason}; make one with: edgekit trace") from error
 
 
 def _read_npz(path: Path) -> Trace:

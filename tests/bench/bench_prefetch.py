@@ -1,14 +1,14 @@
 """Hit rates and reading ahead on a trained router, behind a reader as slow as a phone's storage.
 
-    python tests/bench/bench_prefetch.py ARTIFACT [--caches 2,3,4] [--prefetch off] [-n 2048]
+    python tests/bench/bench_prefetch.py [ARTIFACT] [--caches 2,3,4] [--prefetch off] [-n 2048]
 
 Decodes the same held-out tokens with every cache and every way of guessing, in sequences of 128
 evenly from all of the text: a few hundred tokens in a row say little of the next few hundred. Reads
 go one at a time through a reader of the given bandwidth, in place of a disk. Beside what was
 measured: the hit rate that the manifest's trace promises, what a replay of these very tokens says,
-and the standard deviation of that between sequences. With ``--resident``
-the cost of listening when all experts are resident, against no listener, alternating. Prints a JSON
-line last.
+and the standard deviation of that between sequences. With ``--resident`` the cost of listening when
+all experts are resident, against no listener, alternating. Without an artifact the sample tiny-moe
+is converted first. Prints a JSON line last.
 """
 
 import argparse
@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sample_artifact import opened
 
-from edgekit.artifact import Artifact, open_artifact
+from edgekit.artifact import Artifact
 from edgekit.assembly import Assembly
 from edgekit.engine import Engine, Settings
 from edgekit.expert_plan import experts_of, plan_paged
@@ -158,7 +159,7 @@ def listening(artifact: Artifact, n: int, pairs: int, threads: int) -> dict[str,
 def main() -> None:
     """Run, and print the JSON line last."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("artifact", type=Path)
+    parser.add_argument("artifact", type=Path, nargs="?")
     parser.add_argument("--caches", default="2,3,4")
     parser.add_argument("--prefetch", default="off,gate,table")
     parser.add_argument("--bandwidth", default="200MB")
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    with open_artifact(args.artifact, remember=True) as artifact:
+    with opened(args.artifact) as artifact:
         if args.resident:
             print(json.dumps(listening(artifact, min(args.n, 384), args.pairs, args.threads)))
             return
