@@ -1,6 +1,6 @@
 """Tiers of expert tensors, uniform against mixed, at equal bytes: KL divergence to the source.
 
-    python tests/bench/bench_expert_mix.py [ARTIFACT CHECKPOINT] [--tiers Q3_K,Q4_K,Q6_K]
+    python tests/bench/bench_expert_mix.py [ARTIFACT CHECKPOINT] [--tiers Q3_K,Q4_K,Q5_K]
 
 Without arguments the sample tiny-moe is converted first. At each size all dense tensors stay at the
 uniform tier; the expert tensors take the bytes that they have there: all alike; by the integer
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact", type=Path, nargs="?")
     parser.add_argument("checkpoint", type=Path, nargs="?", default=TINY_MOE)
-    parser.add_argument("--tiers", default="Q3_K,Q4_K,Q6_K")
+    parser.add_argument("--tiers", default="Q3_K,Q4_K,Q5_K")
     parser.add_argument("--tokens", type=int, default=8192)
     args = parser.parse_args()
     rows = []
