@@ -1,8 +1,6 @@
 """llama.cpp through edgekit.llama against llama-cpp-python's own high-level class."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,50 +9,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_gguf import write_tiny_llama
+from tiny_gguf import WORDS, write_tiny_llama
+from virtual_files import IntoReader, Reader
 
-from edgekit.errors import EdgekitError, RefusedError, UnsupportedError, UsageError
-from edgekit.exporters.gguf import read_header, tensor_offsets
+from edgekit.errors import EdgekitError, UsageError
 from edgekit.llama import (
     Context,
     Generation,
     Model,
     Sampling,
-    apply_chat_template,
-    capture_log,
-    chat_prompt,
     generate,
-    has_fopencookie,
     open_model,
 )
 from edgekit.llama.generation import until_stop
 
-WORDS = ("▁the", "▁of", "ab", "é", "日本")
 TEXT = "the sum of ab, é 日本 🙂"
 PROMPT = [1, 70, 80, 90, 100]
 ATOL = 6 * 2**-11  # the largest logits are about 6; flash attention sums float16 in other tiles
-
-
-class Reader:
-    """A virtual file over bytes that remembers what was read, in pieces of at most ``piece``."""
-
-    def __init__(self, data: bytes, piece: int = 1 << 30) -> None:
-        self.data, self.piece, self.calls = data, piece, list[tuple[int, int]]()
-
-    @property
-    def size(self) -> int:
-        return len(self.data)
-
-    def read(self, offset: int, n: int) -> bytes:
-        self.calls.append((offset, min(n, self.piece)))
-        return self.data[offset : offset + min(n, self.piece)]
-
-
-class IntoReader(Reader):
-    def readinto(self, offset: int, buffer: memoryview) -> int:
-        data = self.read(offset, len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
 
 
 @pytest.fixture(scope="module")
@@ -244,102 +215,6 @@ def _quantized(source: Path, target: Path) -> Path:
     return target
 
 
-# virtual files
-
-
-@pytest.mark.skipif(not has_fopencookie(), reason="the C library has no fopencookie")
-def test_a_virtual_file_reads_every_tensor_once_and_nothing_across_tensors(
-    tmp_path: Path,
-) -> None:
-    """The file is five times the stream's buffer, or glibc would not read ahead of its seeks."""
-    path = write_tiny_llama(tmp_path / "wide.gguf", hidden=256, ffn=512)
-    reader = Reader(path.read_bytes())
-    header = read_header(path)
-    open_model(reader, header=header).close()
-    starts = [header.data_offset + n for n in tensor_offsets(header.tensors, header.alignment)]
-    n_reads = dict.fromkeys(starts, 0)
-    for offset, n in reader.calls:
-        if offset >= header.data_offset:
-            n_reads[offset] += 1  # a KeyError: a read that does not begin with a tensor
-            index = starts.index(offset)
-            end = starts[index + 1] if index + 1 < len(starts) else reader.size
-            assert offset + n <= end
-        else:
-            assert offset + n <= header.data_offset
-    assert set(n_reads.values()) == {1}
-
-
-@pytest.mark.parametrize("error", [KeyError("level 7"), KeyboardInterrupt(), MemoryError()])
-def test_what_a_reader_raises_arrives(path: Path, error: BaseException) -> None:
-    class Failing(Reader):
-        def read(self, offset: int, n: int) -> bytes:
-            if offset > 50_000:
-                raise error
-            return super().read(offset, n)
-
-    with pytest.raises(type(error)) as caught:
-        open_model(Failing(path.read_bytes()))
-    assert caught.value is error
-
-
-@pytest.mark.parametrize("wrong", [b"", bytes(1 << 22)])
-def test_a_reader_that_gives_too_little_or_too_much_is_an_error(path: Path, wrong: bytes) -> None:
-    class Wrong(Reader):
-        def read(self, offset: int, n: int) -> bytes:
-            return wrong if offset > 50_000 else super().read(offset, n)
-
-    with pytest.raises(EdgekitError, match=rf"gave {len(wrong)} bytes at offset \d+ where 1 to"):
-        open_model(Wrong(path.read_bytes()))
-
-
-def test_progress_rises_and_an_exception_in_it_cancels(path: Path) -> None:
-    shares: list[float] = []
-    open_model(path, residency="anon", progress=shares.append).close()
-    assert shares == sorted(shares) and len(shares) >= 20 and 0 <= shares[0] < 0.5 < shares[-1] <= 1
-
-    def cancel(share: float) -> None:
-        if share > 0.5:
-            raise TimeoutError("enough")
-
-    with pytest.raises(TimeoutError, match="enough"):
-        open_model(Reader(path.read_bytes()), progress=cancel)
-
-
-# errors
-
-
-def test_a_load_that_fails_gives_llama_cpps_reason_and_prints_nothing(
-    path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    other = tmp_path / "other.gguf"
-    other.write_bytes(path.read_bytes().replace(b"llama", b"lxama"))
-    with pytest.raises(EdgekitError, match=r"other\.gguf: unknown model architecture: 'lxama'"):
-        open_model(other)
-    other.write_bytes(path.read_bytes().replace(b"blk.1.ffn_up", b"blk.1.ffn_xx"))
-    with pytest.raises(EdgekitError, match=r"tensor 'blk\.1\.ffn_up\.weight' not found"):
-        open_model(Reader(other.read_bytes()))
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_cut_file_is_refused_before_llama_cpp_sees_it(path: Path, tmp_path: Path) -> None:
-    cut = tmp_path / "cut.gguf"
-    cut.write_bytes(path.read_bytes()[:-100])
-    for source in (cut, Reader(cut.read_bytes())):
-        with pytest.raises(RefusedError, match="its tensors end at byte"):
-            open_model(source)
-
-
-def test_a_part_of_a_split_model_is_not_loaded(path: Path) -> None:
-    from gguf import GGUFValueType
-
-    from edgekit.exporters.gguf import Gguf, Value
-
-    header = read_header(path)
-    split = {**header.metadata, "split.count": Value(GGUFValueType.UINT16, 3)}
-    with pytest.raises(UnsupportedError, match="one of 3 parts of a model; join them"):
-        open_model(path, header=Gguf(split, header.tensors, 32, header.data_offset))
-
-
 def test_values_that_llama_cpp_would_abort_on_are_refused(model: Model) -> None:
     with context(model, n_outputs=2, n_batch=8) as ours:
         for tokens, message in (
@@ -372,92 +247,3 @@ def test_closed_models_and_contexts_say_so(path: Path) -> None:
         ours.decode([5])
     with pytest.raises(EdgekitError, match="the model is closed"):
         model.tokenize("x")
-
-
-# memory
-
-
-def test_no_alloc_counts_weights_and_reads_none(path: Path) -> None:
-    reader = Reader(path.read_bytes())
-    with open_model(reader, no_alloc=True) as model, capture_log() as lines:
-        with context(model):
-            pass
-        assert model.weights_bytes == sum(t.n_bytes for t in read_header(path).tensors)
-    offset = read_header(path).data_offset
-    assert all(call[0] < offset for call in reader.calls)
-    assert any("llama_kv_cache: size =" in line for line in lines)
-
-
-def test_vocab_only_tokenizes(path: Path, model: Model) -> None:
-    with open_model(Reader(path.read_bytes()), vocab_only=True) as vocab:
-        assert vocab.tokenize(TEXT) == model.tokenize(TEXT)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
-def test_a_ten_megabyte_model_runs_in_a_light_process(tmp_path: Path) -> None:
-    """Measured 70 MiB: Python 10, numpy 15, gguf 8, llama_cpp 13, the model 10, context 6, rest."""
-    path = write_tiny_llama(tmp_path / "ten.gguf", layers=4, hidden=256, ffn=512, context=2048)
-    script = """if True:
-        import sys
-        from edgekit.llama import Context, generate, open_model
-        class File:
-            file = open(sys.argv[1], "rb")
-            size = file.seek(0, 2)
-            def read(self, offset, n):
-                self.file.seek(offset)
-                return self.file.read(min(n, 1 << 18))
-        with open_model(File()) as model, Context(model, 2048, n_threads=1) as context:
-            "".join(generate(context, [1] * 400, 20))
-        assert "torch" not in sys.modules
-        print(next(line.split()[1] for line in open("/proc/self/status") if "VmHWM" in line))
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) < 100 * 1024  # KiB
-
-
-# chat
-
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant] {% endif %}"
-)
-CHAT = [{"role": "system", "content": "brief"}, {"role": "user", "content": "the ab?"}]
-
-
-def test_a_chat_template_is_rendered_with_one_bos(tmp_path: Path, model: Model) -> None:
-    path = write_tiny_llama(tmp_path / "chat.gguf", words=WORDS, chat_template=TEMPLATE)
-    with open_model(path, vocab_only=True) as chat:
-        text = "[system] brief\n[user] the ab?\n[assistant] "
-        assert apply_chat_template(chat, CHAT) == "<s>" + text
-        assert chat_prompt(chat, CHAT) == chat.tokenize(text, add_special=True)
-    assert apply_chat_template(model, CHAT) is None
-    assert chat_prompt(model, CHAT) is None
-
-
-def test_a_hostile_template_does_not_reach_the_system(tmp_path: Path) -> None:
-    """The payload of CVE-2024-34359: outside a sandbox it runs a command."""
-    canary = tmp_path / "canary"
-    payload = (
-        "{% for x in ().__class__.__base__.__subclasses__() %}{% if 'warning' in x.__name__ %}"
-        f"{{{{ x()._module.__builtins__['__import__']('os').system('touch {canary}') }}}}"
-        "{% endif %}{% endfor %}"
-    )
-    path = write_tiny_llama(tmp_path / "bad.gguf", chat_template=payload)
-    with (
-        open_model(path, vocab_only=True) as model,
-        pytest.raises(EdgekitError, match=r"chat template fails: .*unsafe"),
-    ):
-        apply_chat_template(model, CHAT)
-    assert not canary.exists()
-
-
-def test_a_template_that_fails_falls_back_to_the_one_llama_cpp_knows(tmp_path: Path) -> None:
-    broken = "{{ raise_exception('no') }}<|im_start|>{{ messages }}<|im_end|>"  # looks like ChatML
-    path = write_tiny_llama(tmp_path / "chatml.gguf", chat_template=broken)
-    with open_model(path, vocab_only=True) as model:
-        assert apply_chat_template(model, CHAT) == (
-            "<|im_start|>system\nbrief<|im_end|>\n<|im_start|>user\nthe ab?<|im_end|>\n"
-            "<|im_start|>assistant\n"
-        )

@@ -43,6 +43,19 @@ def test_a_trace_comes_back_from_its_file_as_it_was(tmp_path):
     assert (tmp_path / "t.npz").stat().st_size < trace.experts.nbytes + 2 * trace.weights.nbytes
 
 
+def test_a_part_of_a_trace_is_taken_from_all_of_it():
+    ids = np.arange(10)[:, None, None]
+    trace = trace_of(ids, 10, (0, 2, 4, 7), weights=ids / 10)
+    part = trace.spread(5)
+    assert part.experts.ravel().tolist() == [0, 1, 4, 5, 6] and part.starts == (0, 2)
+    assert part.weights is not None
+    np.testing.assert_allclose(part.weights, part.experts / 10, atol=1e-3)
+    assert trace.spread(4).experts.ravel().tolist() == [0, 1, 7, 8]
+    assert trace.spread(4).starts == (0, 2)
+    assert trace.spread(10).starts == trace.starts
+    assert trace_of(ids, 10).spread(3).experts.ravel().tolist() == [0, 1, 2]
+
+
 def test_published_lines_of_json_are_read_in_any_order(tmp_path):
     rows = [
         {"dataset": "a", "problem_id": p, "layer": layer, "token_idx": t,
@@ -326,7 +339,8 @@ def test_expert_facts_that_cannot_be_are_refused(lie):
 
 def test_facts_that_only_planning_needs_can_be_shown(capsys):
     facts = summarize(random_trace())
-    least = {key: facts[key] for key in ("n_experts", "n_used", "recommended")} | {"hit_curves": []}
+    keys = ("n_experts", "n_used", "recommended", "verdict")
+    least = {key: facts[key] for key in keys} | {"hit_curves": []}
     print_experts(check_experts(least))
     assert "How local routing is" in capsys.readouterr().out
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+WORDS = ("▁the", "▁of", "ab", "é", "日本")
 N_BYTES_TOKENS = 3 + 256  # <unk> <s> </s> and one token per byte
 
 

@@ -24,7 +24,7 @@ POLICY = "pool"  # what the loader does
 
 def summarize(trace: Trace) -> Json:
     """Histograms, transitions, hit curves, SRP, SCH, a recommended cache and a verdict."""
-    short = trace.head(REPLAYED_TOKENS)
+    short = trace.spread(REPLAYED_TOKENS)
     capacities = _capacities(trace)
     rates = {policy: hit_rates(short, policy, capacities) for policy in POLICIES}
     recommended, gain = _recommended(capacities, rates[POLICY].mean(axis=1), trace.n_experts)

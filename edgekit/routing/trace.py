@@ -28,9 +28,9 @@ MAX_BYTES = 1 << 31  # of a trace in memory: 100 M tokens of a small model
 MAX_EXPERTS = 1 << 16
 # What numpy, zipfile, zlib and json raise on bytes that lie
 UNREADABLE: tuple[type[Exception], ...] = (
-    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError,
-    RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+    *(ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError),
+    *(RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error),
+)
 ARRAYS = ("experts", "weights", "starts", "layers", "n_experts", "provenance")
 
 
@@ -70,12 +70,19 @@ class Trace:
         for start, stop in pairwise((*self.starts, self.n_tokens)):
             yield self.experts[start:stop]
 
-    def head(self, n_tokens: int) -> "Trace":
-        """The first tokens of it."""
-        weights = None if self.weights is None else self.weights[:n_tokens]
-        starts = tuple(start for start in self.starts if start < n_tokens)
+    def spread(self, n_tokens: int) -> "Trace":
+        """At most ``n_tokens`` of it: whole sequences evenly from all of it, the last one cut."""
+        stride = -(-self.n_tokens // n_tokens)
+        bounds = list(pairwise((*self.starts, self.n_tokens)))[::stride]
+        taken = np.concatenate([np.arange(*bound) for bound in bounds])[:n_tokens]
+        starts = np.cumsum([0] + [stop - start for start, stop in bounds[:-1]])
         return Trace(
-            self.experts[:n_tokens], self.n_experts, starts, self.layers, weights, self.provenance
+            self.experts[taken],
+            self.n_experts,
+            tuple(int(start) for start in starts if start < len(taken)),
+            self.layers,
+            None if self.weights is None else self.weights[taken],
+            self.provenance,
         )
 
 
@@ -139,10 +146,8 @@ def read_trace(path: Path) -> Trace:
             return _read_npz(path)
         return _read_lines(path)
     except UNREADABLE as error:
-        raise RefusedError(
-            f"{path} is no trace: {str(error) or type(error).__name__}; make one with: "
-            "edgekit trace"
-        ) from error
+        reason = str(error) or type(error).__name__
+        raise RefusedError(f"{path} is no trace: {reason}; make one with: edgekit trace") from error
 
 
 def _read_npz(path: Path) -> Trace:

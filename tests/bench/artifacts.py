@@ -8,9 +8,12 @@ from pathlib import Path
 from checkpoints import SHAPES, make_checkpoint
 from expert_models import Shape, make_artifact
 
+from edgekit.artifact import Artifact, open_artifact
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "build" / "bench"
 SAMPLES = ("tiny-llama", "tiny-moe")
+TINY_MOE = ROOT / "samples" / "tiny-moe"
 
 
 def sample_artifact(name: str) -> str:
@@ -19,6 +22,11 @@ def sample_artifact(name: str) -> str:
     if not folder.exists():
         _convert(ROOT / "samples" / name, folder, "--format", "gguf,onnx")
     return str(folder)
+
+
+def opened(given: Path | None) -> Artifact:
+    """Open ``given``, or tiny-moe's artifact."""
+    return open_artifact(given or Path(sample_artifact(TINY_MOE.name)), remember=True)
 
 
 def shape_artifact(shape: str = "llama-3.2-1b-2-layers") -> str:

@@ -1,13 +1,14 @@
 """Tiers of expert tensors, uniform against mixed, at equal bytes: KL divergence to the source.
 
-    python tests/bench/bench_expert_mix.py ARTIFACT CHECKPOINT [--tiers Q3_K,Q4_K,Q5_K]
+    python tests/bench/bench_expert_mix.py [ARTIFACT CHECKPOINT] [--tiers Q3_K,Q4_K,Q5_K]
 
-At each size all dense tensors stay at the uniform tier; the expert tensors take the bytes that they
-have there: all alike; by the integer program with the losses measured at conversion; by the same
-program with PMQ's cost, phi * w * error**2 per expert and tier (how often the expert is chosen, its
-mean weight, the squared distance of its weights), summed over a tensor's experts; and by the
-planner's greedy order. Last, all tensors mixed by the program within all bytes. Text that was not
-calibrated on. Prints a JSON line last.
+Without arguments the sample tiny-moe is converted first. At each size all dense tensors stay at the
+uniform tier; the expert tensors take the bytes that they have there: all alike; by the integer
+program with the losses measured at conversion; by the same program with PMQ's cost, phi * w *
+error**2 per expert and tier (how often the expert is chosen, its mean weight, the squared distance
+of its weights), summed over a tensor's experts; and by the planner's greedy order. Last, all
+tensors mixed by the program within all bytes. Text that was not calibrated on. Prints a JSON line
+last.
 """
 
 import argparse
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from artifacts import TINY_MOE, opened
 from expert_mix import measured_costs, mixed_tiers
 
-from edgekit.artifact import Artifact, open_artifact
+from edgekit.artifact import Artifact
 from edgekit.assembly import Assembly
 from edgekit.checkpoint import Checkpoint
 from edgekit.codecs import CODECS
@@ -69,13 +71,13 @@ def pmq_costs(artifact: Artifact, checkpoint: Path) -> dict[tuple[str, str], flo
 def main() -> None:
     """Run, and print the JSON line last."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("artifact", type=Path)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("artifact", type=Path, nargs="?")
+    parser.add_argument("checkpoint", type=Path, nargs="?", default=TINY_MOE)
     parser.add_argument("--tiers", default="Q3_K,Q4_K,Q5_K")
     parser.add_argument("--tokens", type=int, default=8192)
     args = parser.parse_args()
     rows = []
-    with open_artifact(args.artifact) as artifact:
+    with opened(args.artifact) as artifact:
         experts = expert_stacks(artifact.stacks)
         names = {stack.name for stack in experts}
         ways = {"fisher": measured_costs(experts), "pmq": pmq_costs(artifact, args.checkpoint)}

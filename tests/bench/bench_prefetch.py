@@ -1,12 +1,14 @@
 """Hit rates and reading ahead on a trained router, behind a reader as slow as a phone's storage.
 
-    python tests/bench/bench_prefetch.py [ARTIFACT] [--caches 2,3,4] [--bandwidth 200MB] [-n 384]
+    python tests/bench/bench_prefetch.py [ARTIFACT] [--caches 2,3,4] [--prefetch off] [-n 2048]
 
-Decodes the same held-out tokens with every cache and every way of guessing. Reads go one at a time
-through a reader of the given bandwidth, in place of a disk. Beside what was measured: the hit rate
-that the manifest's trace promises, and what a replay of these very tokens says. With ``--resident``
-the cost of listening when all experts are resident, against no listener, alternating. Prints a JSON
-line last.
+Decodes the same held-out tokens with every cache and every way of guessing, in sequences of 128
+evenly from all of the text: a few hundred tokens in a row say little of the next few hundred. Reads
+go one at a time through a reader of the given bandwidth, in place of a disk. Beside what was
+measured: the hit rate that the manifest's trace promises, what a replay of these very tokens says,
+and the standard deviation of that between sequences. With ``--resident`` the cost of listening when
+all experts are resident, against no listener, alternating. Without an artifact the sample tiny-moe
+is converted first. Prints a JSON line last.
 """
 
 import argparse
@@ -19,18 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from artifacts import sample_artifact
+from artifacts import opened
 
-from edgekit.artifact import Artifact, open_artifact
+from edgekit.artifact import Artifact
+from edgekit.assembly import Assembly
 from edgekit.engine import Engine, Settings
 from edgekit.expert_plan import experts_of, plan_paged
-from edgekit.llama import Context, Listener
+from edgekit.llama import Context, Listener, open_model
+from edgekit.measure import highest_depths
 from edgekit.paging.store import ExpertStore
 from edgekit.routing.facts import hit_rate
 from edgekit.routing.replay import hit_rates
-from edgekit.routing.trace import trace_of
-from edgekit.samples import heldout_text
+from edgekit.routing.trace import Trace, trace_of
+from edgekit.samples import HELDOUT_TEXT, heldout_text
 from edgekit.sizes import parse_size
+from edgekit.text import Ids, token_chunks
+from edgekit.tracing import trace_model
+
+SEQUENCE = 128
 
 
 class SlowStore:
@@ -51,9 +59,9 @@ class SlowStore:
 
 
 def measured(
-    artifact: Artifact, cache: int, prefetch: Any, bandwidth: int, n: int
+    artifact: Artifact, cache: int, prefetch: Any, bandwidth: int, sequences: Ids
 ) -> dict[str, Any]:
-    """Decode held-out text token by token."""
+    """Decode sequences token by token."""
     plan = plan_paged(artifact, 1 << 40, 1024, expert_cache=cache)
     engine = Engine(artifact, Settings(1, "auto", prefetch))
     try:
@@ -61,13 +69,11 @@ def measured(
         pager, context = engine.pager, engine.context
         assert pager is not None
         pager._store = SlowStore(pager._store, bandwidth)
-        ids = context.model.tokenize(heldout_text())[: n + 64]
-        for token in ids[:64]:
-            context.decode([token])
-        pager.reset()
-        started = time.perf_counter()
-        for token in ids[64:]:
-            context.decode([token])
+        n, started = sequences.size, time.perf_counter()
+        for sequence in sequences:
+            context.clear()
+            for token in sequence:
+                context.decode([int(token)])
         seconds, stats = time.perf_counter() - started, pager.stats
         found = stats.n_guessed_right + stats.n_missing
         return {
@@ -86,38 +92,24 @@ def measured(
         engine.close()
 
 
-def replayed(artifact: Artifact, caches: list[int], n: int) -> dict[int, float]:
-    """What the simulator says of the same tokens at the same depths, first 64 tokens left out."""
-    n_experts, _ = experts_of(artifact)
-    plan = plan_paged(artifact, 1 << 40, 1024, expert_cache=max(caches))
-    chosen: dict[int, list[np.ndarray[Any, Any]]] = {}
-    engine = Engine(artifact, Settings(1))
-    try:
-        engine.load(plan)
-        blocks = int(
-            engine.context.model.header.get(f"{artifact.manifest.architecture}.block_count")
-        )
-        pager = engine.pager
-        assert pager is not None
-        keep, real = pager.listener, pager._chosen
+def heldout(artifact: Artifact, n: int) -> tuple[Trace, Ids]:
+    """What routers at the highest depth choose in held-out sequences, and their tokens."""
+    n_chunks = -(-n // SEQUENCE)
+    with Assembly(artifact, highest_depths(artifact)) as source:
+        trace = trace_model(source, HELDOUT_TEXT, max_chunks=n_chunks, chunk_tokens=SEQUENCE)
+        with open_model(source, vocab_only=True) as vocab:
+            ids = token_chunks(vocab, heldout_text(), SEQUENCE, n_chunks, "held-out text")
+    return trace, ids
 
-        def hear(block: int, ids: Any) -> None:
-            chosen.setdefault(block, []).append(keep.topk().copy())
-            real(block, ids)
 
-        keep._chosen = hear
-        keep._state.always = 1
-        for token in engine.context.model.tokenize(heldout_text())[: n + 64]:
-            engine.context.decode([token])
-    finally:
-        engine.close()
-    ids = np.stack([np.concatenate(chosen[block]) for block in range(blocks)], axis=1)
-    whole, head = trace_of(ids, n_experts), trace_of(ids[:64], n_experts)
-    rates = {}
-    for cache in caches:
-        a, b = (hit_rates(t, "pool", [cache]).mean() * t.n_tokens for t in (whole, head))
-        rates[cache] = float((a - b) / n)
-    return rates
+def replayed(trace: Trace, cache: int) -> dict[str, float]:
+    """What the simulator says of a trace, and how far it differs between sequences."""
+    each = [
+        hit_rates(trace_of(ids, trace.n_experts), "pool", [cache]).mean()
+        for ids in trace.sequences()
+    ]
+    whole = hit_rates(trace, "pool", [cache]).mean()
+    return {"replayed": round(float(whole), 4), "deviation": round(float(np.std(each)), 4)}
 
 
 def listening(artifact: Artifact, n: int, pairs: int, threads: int) -> dict[str, float]:
@@ -167,26 +159,27 @@ def listening(artifact: Artifact, n: int, pairs: int, threads: int) -> dict[str,
 def main() -> None:
     """Run, and print the JSON line last."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("artifact", type=Path, nargs="?", help="default: samples/tiny-moe")
+    parser.add_argument("artifact", type=Path, nargs="?")
     parser.add_argument("--caches", default="2,3,4")
+    parser.add_argument("--prefetch", default="off,gate,table")
     parser.add_argument("--bandwidth", default="200MB")
-    parser.add_argument("-n", type=int, default=384)
+    parser.add_argument("-n", type=int, default=2048)
     parser.add_argument("--resident", action="store_true")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    folder = args.artifact or Path(sample_artifact("tiny-moe"))
-    with open_artifact(folder, remember=True) as artifact:
+    with opened(args.artifact) as artifact:
         if args.resident:
-            print(json.dumps(listening(artifact, args.n, args.pairs, args.threads)))
+            print(json.dumps(listening(artifact, min(args.n, 384), args.pairs, args.threads)))
             return
         caches = [int(cache) for cache in args.caches.split(",")]
-        foretold = replayed(artifact, caches, args.n)
+        trace, sequences = heldout(artifact, args.n)
         rows = []
         for cache in caches:
-            for prefetch in ("off", "gate", "table"):
-                row = measured(artifact, cache, prefetch, parse_size(args.bandwidth), args.n)
-                rows.append(row | {"replayed": round(foretold[cache], 4)})
+            foretold = replayed(trace, cache)
+            for prefetch in args.prefetch.split(","):
+                row = measured(artifact, cache, prefetch, parse_size(args.bandwidth), sequences)
+                rows.append(row | foretold)
                 print(rows[-1], flush=True)
         print(json.dumps(rows))
 
