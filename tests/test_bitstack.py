@@ -1,7 +1,9 @@
 """Artifacts of the codec `bitstack`: lossless on top, transcoded for llama.cpp, cut, resumed."""
 
 import dataclasses
+import hashlib
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from converted import tiny, unmeasured
+from damage import damaged, files_of
 
 from edgekit.arch import map_checkpoint
 from edgekit.artifact import Artifact, open_artifact, verify
@@ -210,6 +213,31 @@ def test_a_level_that_the_codec_cannot_have_written_is_refused(artifact, lie):
         loads(json.dumps(body).encode())
 
 
+def test_a_hostile_level_with_the_right_hash_is_refused_or_gives_bytes_of_the_right_size(
+    artifact, tmp_path
+):
+    """Random damage, and scales and factors that are infinite or no numbers."""
+    folder, rng, refused = Path(shutil.copytree(artifact, tmp_path / "bad")), random.Random(0), 0
+    paths = files_of(folder)
+    data, body = paths["levels"].read_bytes(), json.loads(paths["manifest"].read_bytes())
+    row = next(lv for lv in body["levels"] if lv["tier"] in ("B1", "R1") and "experts" not in lv)
+    start, stop = row["offset"], row["offset"] + row["bytes"]
+    payload = data[start:stop]
+    infinite, none = (payload[:16] + bits * 64 + payload[144:] for bits in (b"\0\x7c", b"\1\x7c"))
+    for bad in (infinite, none, *(damaged(rng, payload, may_cut=False) for _ in range(25))):
+        bad = bad[: len(payload)].ljust(len(payload), b"\0")
+        row["sha256"] = hashlib.sha256(bad).hexdigest()
+        paths["levels"].write_bytes(data[:start] + bad + data[stop:])
+        paths["manifest"].write_text(json.dumps(body | {"sha256": self_hash(body)}))
+        with open_artifact(folder) as opened:
+            try:
+                gguf = Assembly(opened, plan_tier(opened, body["tiers"][2]).depths)
+                assert sum(len(block) for block in gguf.stream()) == gguf.size
+            except RefusedError:
+                refused += 1
+    assert 2 <= refused < 25
+
+
 def test_a_flipped_bit_is_found_before_it_is_used(artifact, tmp_path):
     bad = tmp_path / "bad"
     shutil.copytree(artifact, bad)
@@ -283,11 +311,11 @@ def test_the_preview_has_the_tiers_of_the_conversion(artifact, checkpoint, tmp_p
 
 
 def test_the_exponent_is_one_where_nothing_is_to_weigh_and_searched_where_there_is():
-    random = np.random.default_rng(0)
-    weights = random.standard_normal((64, 96)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((64, 96)).astype(np.float32)
     even = np.ones(64, np.float32), np.ones(96, np.float32)
     assert best_exponent(weights, *even, Settings()) == 1.0
-    skewed = np.exp(random.standard_normal(96)).astype(np.float32)
+    skewed = np.exp(rng.standard_normal(96)).astype(np.float32)
     assert best_exponent(weights, even[0], skewed, Settings()) > 0
 
 
