@@ -30,6 +30,7 @@ from edgekit.kernels.ggml import ByteArray, F32Array
 
 FORMAT = 1
 MAX_RANK = 256
+LARGEST = float(np.finfo(np.float32).max)
 _HEAD = struct.Struct("<BBHIfI")
 _DTYPES = (np.dtype("<f2"), np.dtype("i1"))
 F16, I8 = range(2)  # kinds of factors
@@ -104,7 +105,8 @@ def from_bytes(data: bytes | memoryview, rows: int, cols: int) -> Level:
     """Read the level of a matrix ``[rows, cols]``; its arrays are views of ``data``.
 
     Raises:
-        RefusedError: The header is not one of this format, or does not add up to the bytes.
+        RefusedError: The header is not one of this format, or does not add up to the bytes; a
+            factor or scale is not finite, or so large that weights could not be.
     """
     head = _HEAD.unpack_from(data) if len(data) >= _HEAD.size else (0,) * 6
     fmt, kind, rank, group, gain, zero = head
@@ -134,7 +136,20 @@ def from_bytes(data: bytes | memoryview, rows: int, cols: int) -> Level:
     u_scale = take(half, rows) if kind == I8 else None
     v, u = take(dtype, rank, cols), take(dtype, rows, groups * rank)
     signs = take(np.dtype("u1"), rows, math.ceil(cols / 8))
+    left, right = gain * _largest(u, u_scale), rank * _largest(v, v_scale)
+    if not (left <= LARGEST and right <= LARGEST and left * right <= LARGEST):  # NaN is not
+        raise RefusedError(
+            "a bitstack level has factors that are no finite numbers or too large for its "
+            f"{rows} x {cols} weights; it is corrupt"
+        )
     return Level(rank, group, gain, v, u, v_scale, u_scale, signs)  # type: ignore[arg-type]
+
+
+def _largest(values: npt.NDArray[np.generic], scale: npt.NDArray[np.generic] | None) -> float:
+    """What no value with its scale exceeds in size; NaN where one is none."""
+    if scale is None:
+        return float(np.abs(values).max())
+    return 128 * float(np.abs(scale).max())
 
 
 def pack_signs(values: F32Array) -> ByteArray:

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from edgekit.kernels.bitstack_matmul import BATCH_TILE, COL_TILE, ROW_TILE, PackedLevel
+from edgekit.kernels.batch_triton import load_columns, prepare, product, store_rows
+from edgekit.kernels.bitstack_matmul import COL_TILE, ROW_TILE, PackedLevel
 
 UNIT = 1 / 127**2  # products of 8-bit factors become at most about the rank
 
@@ -31,24 +32,24 @@ def _tile(
     if RANK == 1:
         at = m[:, None] * n_groups + (n // group)[None, :]
         u = tl.load(u_ptr + at, mask=in_m[:, None] & in_n[None, :], other=0).to(tl.float32)
-        product = u * tl.load(v_ptr + n, mask=in_n, other=0).to(tl.float32)[None, :]
+        values = u * tl.load(v_ptr + n, mask=in_n, other=0).to(tl.float32)[None, :]
     else:
         r = tl.arange(0, PADDED)
         in_r = r < RANK
         u_at, v_at = m[:, None] * RANK + r[None, :], r[:, None] * cols + n[None, :]
         u = tl.load(u_ptr + u_at, mask=in_m[:, None] & in_r[None, :], other=0)
         v = tl.load(v_ptr + v_at, mask=in_r[:, None] & in_n[None, :], other=0)
-        product = tl.dot(u.to(tl.float16), v.to(tl.float16))  # 8-bit factors are exact in it
+        values = tl.dot(u.to(tl.float16), v.to(tl.float16))  # 8-bit factors are exact in it
     if IS_I8:
         scale = tl.load(_pointer(table, level, 3, tl.float16) + n, mask=in_n, other=0)
-        product *= UNIT * scale.to(tl.float32)[None, :]
+        values *= UNIT * scale.to(tl.float32)[None, :]
     sign_bytes = (cols + 7) // 8
     signs = tl.load(
         _pointer(table, level, 4, tl.uint8) + m[:, None] * sign_bytes + (n // 8)[None, :],
         mask=in_m[:, None] & in_n[None, :], other=0,
     )  # fmt: skip
     is_plus = (signs.to(tl.int32) >> (n % 8)[None, :]) & 1
-    return tl.where(is_plus != 0, product, -product)
+    return tl.where(is_plus != 0, values, -values)
 
 
 @triton.jit
@@ -72,26 +73,14 @@ def _matmul_kernel(
     acc = tl.zeros((BM, BB), tl.float32)
     for start in range(0, cols, BN):
         n = start + tl.arange(0, BN)
-        x = tl.load(
-            x_ptr + b[None, :] * cols + n[:, None],
-            mask=(b < batch)[None, :] & (n < cols)[:, None],
-            other=0,
-        )
+        x = load_columns(x_ptr, b, n, batch, cols)
         for level in range(n_levels):
             tile = _tile(
                 table, level, m, n, rows, cols, group, n_groups, FACTOR, RANK, PADDED, IS_I8, UNIT
             )
             scale = _row_scale(table, gains, level, m, rows, IS_I8, UNIT)
-            if BB == 1:
-                part = tl.sum(tile * tl.reshape(x, (1, BN)).to(tl.float32), axis=1)[:, None]
-            else:
-                part = tl.dot(tile, x.to(tl.float32), input_precision=PRECISION)
-            acc += scale[:, None] * part
-    tl.store(
-        y_ptr + b[None, :] * rows + m[:, None],
-        acc,
-        mask=(m < rows)[:, None] & (b < batch)[None, :],
-    )
+            acc += scale[:, None] * product(tile, x, BN, BB, PRECISION)
+    store_rows(y_ptr, acc, m, b, rows, batch)
 
 
 @triton.jit
@@ -117,15 +106,12 @@ def _dense_kernel(
 
 def launch_matmul(levels: Sequence[PackedLevel], x: Tensor) -> Tensor:
     """`bitstack_matmul.matmul` for ``x`` ``[batch, cols]``; the weight is never written."""
-    (rows, cols), batch = levels[0].shape, len(x)
-    x, y = x.contiguous(), torch.empty(batch, rows, dtype=torch.float32, device=x.device)
-    tile = 1 if batch == 1 else BATCH_TILE
-    grid = (triton.cdiv(rows, ROW_TILE), triton.cdiv(batch, tile))
+    rows, cols = levels[0].shape
+    y, grid, tiles = prepare(x, rows, ROW_TILE)
     table, gains, facts = _table(levels)
     _matmul_kernel[grid](
-        table, gains, x, y, len(levels), rows, cols, *_groups(levels[0]), batch,
-        BM=ROW_TILE, BN=COL_TILE, BB=tile,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **facts,
+        table, gains, x.contiguous(), y, len(levels), rows, cols, *_groups(levels[0]), len(x),
+        BN=COL_TILE, **tiles, **facts,
     )  # fmt: skip
     return y.to(x.dtype)
 

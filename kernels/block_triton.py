@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from edgekit.kernels.bitstack_matmul import BATCH_TILE
+from edgekit.kernels.batch_triton import load_columns, prepare, product, store_rows
 from edgekit.kernels.block_matmul import PackedBlocks
 from edgekit.kernels.blocks import LAYOUTS, Plane
 
@@ -116,24 +116,13 @@ def _matmul_kernel(
     acc = tl.zeros((BM, BB), tl.float32)
     for start in range(0, cols, BN):
         n = start + tl.arange(0, BN)
-        x = tl.load(
-            x_ptr + b[None, :] * cols + n[:, None],
-            mask=(b < batch)[None, :] & (n < cols)[:, None],
-            other=0,
-        ).to(tl.float32)
+        x = load_columns(x_ptr, b, n, batch, cols)
         tile = _tile(
             data, m, n, rows, cols, row_bytes, FAMILY, BLOCK, BLOCK_BYTES, LOW, FLIP,
             OFFSET, BITS, RUN, OFFSET2, BITS2, RUN2, SHIFT2,
         )  # fmt: skip
-        if BB == 1:
-            acc += tl.sum(tile * tl.reshape(x, (1, BN)), axis=1)[:, None]
-        else:
-            acc += tl.dot(tile, x, input_precision=PRECISION)
-    tl.store(
-        y_ptr + b[None, :] * rows + m[:, None],
-        acc,
-        mask=(m < rows)[:, None] & (b < batch)[None, :],
-    )
+        acc += product(tile, x, BN, BB, PRECISION)
+    store_rows(y_ptr, acc, m, b, rows, batch)
 
 
 @triton.jit
@@ -160,14 +149,11 @@ def _dense_kernel(
 
 def launch_matmul(matrix: PackedBlocks, x: Tensor) -> Tensor:
     """`block_matmul.matmul` for ``x`` ``[batch, cols]``; the weight is never written."""
-    (rows, cols), batch = matrix.shape, len(x)
-    x, y = x.contiguous(), torch.empty(batch, rows, dtype=torch.float32, device=x.device)
-    tile = 1 if batch == 1 else BATCH_TILE
-    grid = (triton.cdiv(rows, ROW_TILE), triton.cdiv(batch, tile))
+    rows, cols = matrix.shape
+    y, grid, tiles = prepare(x, rows, ROW_TILE)
     _matmul_kernel[grid](
-        matrix.data, x, y, rows, cols, matrix.data.stride(0), batch,
-        BM=ROW_TILE, BN=COL_TILE, BB=tile,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **_facts(matrix.type_name),
+        matrix.data, x.contiguous(), y, rows, cols, matrix.data.stride(0), len(x),
+        BN=COL_TILE, **tiles, **_facts(matrix.type_name),
     )  # fmt: skip
     return y.to(x.dtype)
 

@@ -78,6 +78,14 @@ def moe_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return plain(checkpoint, folder / "artifact").artifact
 
 
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of one layer, converted without statistics; to be copied and damaged."""
+    from tiny_artifact import make_artifact
+
+    return make_artifact(tmp_path_factory.mktemp("sound"))
+
+
 @pytest.fixture(scope="module")
 def run() -> Iterator[Callable[..., dict[str, Any]]]:
     """Run ``edgekit`` in a child of a warm process, perhaps to be killed."""

@@ -1,19 +1,25 @@
 """Artifacts of the codec `bitstack`: lossless on top, transcoded for llama.cpp, cut, resumed."""
 
 import dataclasses
+import hashlib
 import json
+import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from converted import tiny, unmeasured
+from damage import damaged, files_of
 
 from edgekit.arch import map_checkpoint
 from edgekit.artifact import Artifact, open_artifact, verify
 from edgekit.assembly import Assembly
 from edgekit.checkpoint import Checkpoint
+from edgekit.cli import main
 from edgekit.codecs.bitstack import SHARE, best_exponent, chain_of, check_tiers
 from edgekit.convert import convert
 from edgekit.convert_preview import preview
@@ -26,7 +32,7 @@ from edgekit.kernels.decompose import Settings
 from edgekit.manifest import self_hash
 from edgekit.manifest_reader import loads
 from edgekit.materialize import materialize
-from edgekit.plan import plan_tier, plan_weights
+from edgekit.plan import plan_tier
 from edgekit.planner import average_order, fill, packed_bytes, resident_step
 from edgekit.progress import Silent
 
@@ -139,6 +145,35 @@ def test_it_verifies_and_its_manifest_has_the_schema(artifact):
     jsonschema.validate(json.loads((artifact / "edgekit.json").read_text()), SCHEMA)
 
 
+def test_commands_work_as_for_nested(artifact, tmp_path):
+    """One budget: what is planned is what is run, written and measured."""
+
+    def ask(*words: object) -> Any:
+        done = CliRunner().invoke(main, [*map(str, words), "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    made, text = tmp_path / "made.gguf", tmp_path / "text"
+    text.write_text("a b c " * 60)
+    whole = ask("plan", artifact, "--budget", "1GiB")
+    budget = f"{whole['total_bytes'] - whole['weights_bytes'] // 3}B"
+    planned = ask("plan", artifact, "--budget", budget)
+    assert planned["fits"] and planned["weights_bytes"] < whole["weights_bytes"]
+    tiers = {t["name"]: t["tier"] for t in planned["tensors"]}
+    assert {"source"} < set(tiers.values())
+    ran = ask("run", artifact, "--budget", budget, "-p", "a b", "-n", 4, "--ignore-eos")
+    assert {t["name"]: t["tier"] for t in ran["plan"]["tensors"]} == tiers
+    assert ran["n_gen"] == 4
+    target = planned["weights_bytes"]
+    written = ask("materialize", artifact, "--target-size", f"{target}B", "-o", made)
+    assert {t["name"]: t["tier"] for t in written["tensors"]} == tiers
+    words = ("--budget", budget, "--text", text, "--context", 32)
+    assert ask("eval", artifact, *words, "--reference", made)["kl_mean"] < 1e-6
+    assert ask("eval", artifact, *words)["kl_mean"] > 1e-5
+    assert ask("verify", artifact)["ok"]
+    assert ask("inspect", artifact)["codec"] == "bitstack"
+
+
 def test_transcoding_is_the_same_every_time_and_without_the_compiled_code(
     artifact, tmp_path, monkeypatch
 ):
@@ -162,20 +197,6 @@ def test_a_plan_counts_the_bytes_that_llama_cpp_holds(artifact):
             assert plan.depths.weights_bytes == held
 
 
-def test_any_prefix_of_the_levels_is_a_model(artifact, tmp_path):
-    cut = tmp_path / "cut"
-    shutil.copytree(artifact, cut)
-    [levels] = cut.glob("*.levels")
-    whole = levels.read_bytes()
-    for share in (0.0, 0.31, 0.77):
-        levels.write_bytes(whole[: int(share * len(whole))])
-        with open_artifact(cut) as opened:
-            assert verify(opened).ok
-            depths = plan_weights(opened, 1 << 40).depths
-            with Assembly(opened, depths) as gguf:
-                assert sum(len(block) for block in gguf.stream()) == gguf.size
-
-
 @pytest.mark.parametrize(
     "lie", [{"type": "IQ1_S"}, {"type": "Q9_K"}, {"type": ""}, {"tier": "B2"}, {"tier": "R2"}]
 )
@@ -190,6 +211,31 @@ def test_a_level_that_the_codec_cannot_have_written_is_refused(artifact, lie):
     body["sha256"] = self_hash(body)
     with pytest.raises(RefusedError, match=r"gives no level|cannot be|tier twice"):
         loads(json.dumps(body).encode())
+
+
+def test_a_hostile_level_with_the_right_hash_is_refused_or_gives_bytes_of_the_right_size(
+    artifact, tmp_path
+):
+    """Random damage, and scales and factors that are infinite or no numbers."""
+    folder, rng, refused = Path(shutil.copytree(artifact, tmp_path / "bad")), random.Random(0), 0
+    paths = files_of(folder)
+    data, body = paths["levels"].read_bytes(), json.loads(paths["manifest"].read_bytes())
+    row = next(lv for lv in body["levels"] if lv["tier"] in ("B1", "R1") and "experts" not in lv)
+    start, stop = row["offset"], row["offset"] + row["bytes"]
+    payload = data[start:stop]
+    infinite, none = (payload[:16] + bits * 64 + payload[144:] for bits in (b"\0\x7c", b"\1\x7c"))
+    for bad in (infinite, none, *(damaged(rng, payload, may_cut=False) for _ in range(25))):
+        bad = bad[: len(payload)].ljust(len(payload), b"\0")
+        row["sha256"] = hashlib.sha256(bad).hexdigest()
+        paths["levels"].write_bytes(data[:start] + bad + data[stop:])
+        paths["manifest"].write_text(json.dumps(body | {"sha256": self_hash(body)}))
+        with open_artifact(folder) as opened:
+            try:
+                gguf = Assembly(opened, plan_tier(opened, body["tiers"][2]).depths)
+                assert sum(len(block) for block in gguf.stream()) == gguf.size
+            except RefusedError:
+                refused += 1
+    assert 2 <= refused < 25
 
 
 def test_a_flipped_bit_is_found_before_it_is_used(artifact, tmp_path):
@@ -265,11 +311,11 @@ def test_the_preview_has_the_tiers_of_the_conversion(artifact, checkpoint, tmp_p
 
 
 def test_the_exponent_is_one_where_nothing_is_to_weigh_and_searched_where_there_is():
-    random = np.random.default_rng(0)
-    weights = random.standard_normal((64, 96)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((64, 96)).astype(np.float32)
     even = np.ones(64, np.float32), np.ones(96, np.float32)
     assert best_exponent(weights, *even, Settings()) == 1.0
-    skewed = np.exp(random.standard_normal(96)).astype(np.float32)
+    skewed = np.exp(rng.standard_normal(96)).astype(np.float32)
     assert best_exponent(weights, even[0], skewed, Settings()) > 0
 
 

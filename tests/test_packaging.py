@@ -49,6 +49,22 @@ def test_the_device_side_needs_no_torch():
     assert names(PROJECT["project"]["dependencies"]) == needed
 
 
+def test_the_device_side_runs_where_no_extra_is_installed(sound, tmp_path):
+    extras = PROJECT["project"]["optional-dependencies"]
+    absent = names([*extras["convert"], *extras["onnx"], *extras["gpu"], *extras["cluster"]])
+    assert {"torch", "threadpoolctl", "ray"} < absent
+    code = f"import sys; sys.modules |= dict.fromkeys({[n.replace('-', '_') for n in absent]}); "
+    code += "from edgekit.cli import main; main()"
+    for words in (
+        ["verify", sound],
+        ["plan", sound, "--budget", "1GiB"],
+        ["materialize", sound, "--tier", "Q4_K", "-o", tmp_path / "out.gguf"],
+        ["run", sound, "--budget", "1GiB", "-p", "a b", "-n", "2"],
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True)
+        assert done.returncode == 0, (words[0], done.stderr)
+
+
 def test_a_wheel_holds_the_packages_the_data_and_no_weights(tmp_path):
     copy, out = tmp_path / "source", tmp_path / "wheel"
     folders = check_types.FOLDERS.values()

@@ -1,4 +1,7 @@
-"""Compile the kernels for two GPUs without having one; print which multiply tiles."""
+"""Compile the kernels for two GPUs without having one; print which instructions they use.
+
+Products of tiles on tensor cores, and rounding of float32 to bfloat16.
+"""
 
 import triton
 import triton.language as tl
@@ -27,13 +30,12 @@ def ptx(kernel, types, constants, arch):
 
 
 for arch in (80, 90):
-    made = [
-        ptx(bitstack_triton._matmul_kernel, LEVELS | SIZES | PRODUCT, PACKED | BATCH, arch),
-        ptx(bitstack_triton._dense_kernel, LEVELS | SIZES | SLAB, PACKED, arch),
-    ]
     facts = block_triton._facts("Q4_K")
-    made.append(
-        ptx(block_triton._matmul_kernel, BLOCKS | SIZES | PRODUCT, facts | TILE | BATCH, arch)
-    )
-    ptx(block_triton._dense_kernel, BLOCKS | SIZES | SLAB, facts | TILE, arch)
-    print(arch, "mma" if all("mma" in text for text in made) else "none")
+    products = [
+        ptx(bitstack_triton._matmul_kernel, LEVELS | SIZES | PRODUCT, PACKED | BATCH, arch),
+        ptx(block_triton._matmul_kernel, BLOCKS | SIZES | PRODUCT, facts | TILE | BATCH, arch),
+    ]
+    levels = ptx(bitstack_triton._dense_kernel, LEVELS | SIZES | SLAB, PACKED, arch)
+    blocks = ptx(block_triton._dense_kernel, BLOCKS | SIZES | SLAB, facts | TILE, arch)
+    used = {"mma": [*products, levels], "cvt.rn.bf16": [levels, blocks]}
+    print(arch, *(word for word, texts in used.items() if all(word in text for text in texts)))

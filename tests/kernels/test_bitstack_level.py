@@ -60,6 +60,12 @@ DAMAGE = {
     "wide group": GOLDEN[:4] + b"\4" + GOLDEN[5:],
     "gain": GOLDEN[:8] + struct.pack("<f", float("nan")) + GOLDEN[12:],
     "negative gain": GOLDEN[:8] + struct.pack("<f", -2.0) + GOLDEN[12:],
+    "huge gain": GOLDEN[:8] + struct.pack("<f", 2.0**127) + GOLDEN[12:],
+    "infinite scale": GOLDEN[:18] + b"\0\x7c" + GOLDEN[20:],
+    "a scale that is none": GOLDEN[:22] + b"\1\x7c" + GOLDEN[24:],
+    "a factor that is none": (
+        bytes([1, 0, 1, 0]) + GOLDEN[4:16] + bytes(6) + b"\1\x7c" + bytes(2) + GOLDEN[-2:]
+    ),
     "reserved": GOLDEN[:12] + b"\1" + GOLDEN[13:],
 }
 

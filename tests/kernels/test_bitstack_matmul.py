@@ -59,7 +59,10 @@ def assert_close(got, exact, naive):
 
 
 def cut_off(values):
-    """How Triton's interpreter makes bfloat16 of float32; GPUs round."""
+    """How Triton's interpreter makes bfloat16 of float32: with 1.98 to 2.001 times the error.
+
+    GPUs round; `compile_kernels` looks for the instruction.
+    """
     return (values.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
@@ -87,9 +90,10 @@ def test_dense_tiles_are_as_exact_as_plain_torch(levels, dtype):
     got = bitstack_triton.launch_dense(levels, dtype, 7, 41)
     assert got.shape == (34, 150)
     if dtype == torch.bfloat16 and DEVICE == "cpu":
-        assert torch.equal(got, cut_off(bitstack_triton.launch_dense(levels, torch.float32, 7, 41)))
-    else:
-        assert_close(got, exact[7:41], naive[7:41].to(dtype))
+        sums = bitstack_triton.launch_dense(levels, torch.float32, 7, 41)
+        assert torch.equal(got, cut_off(sums))
+        got = sums.to(dtype)
+    assert_close(got, exact[7:41], naive[7:41].to(dtype))
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (33, 129), (32, 128), (64, 16)])
@@ -162,10 +166,10 @@ def test_products_of_blocks_are_as_exact_as_plain_torch(blocks, dtype, batch):
 
 
 @pytest.mark.slow
-def test_kernels_compile_for_gpus_and_use_their_tensor_cores(tmp_path):
+def test_kernels_compile_for_gpus_use_their_tensor_cores_and_round(tmp_path):
     """In a process of its own: this one interprets. Triton brings its own assembler."""
     script = Path(__file__).with_name("compile_kernels.py")
     env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["80", "mma", "90", "mma"]
+    assert done.stdout.split() == ["80", "mma", "cvt.rn.bf16", "90", "mma", "cvt.rn.bf16"]
