@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner
 from converted import tiny
 from models import VOCAB, make_checkpoint
 from safetensors.torch import load_file, save_file
@@ -16,10 +15,7 @@ from test_parity import check
 
 from edgekit.arch import map_checkpoint
 from edgekit.checkpoint import Checkpoint
-from edgekit.cli import main
 from edgekit.errors import UnsupportedError
-from edgekit.prune_report import verdict
-from edgekit.pruning.compare import ROWS
 from edgekit.pruning.cut import Cut, candidates, cut_config, n_parameters, ratio_of, whole
 from edgekit.pruning.layers import Layers
 from edgekit.pruning.metrics import METRICS
@@ -301,123 +297,3 @@ def test_a_pattern_of_layers_that_the_graph_fixes_is_kept(tmp_path: Path) -> Non
     report = prune(source, tmp_path / "out", options(0.15, n_removed=1))
     assert report.removed_layers in ([4], [5])
     check(tmp_path / "out")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny(tmp_path_factory.mktemp("c") / "tiny", "llama", width="wide")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["--ratio", "1"], 2, "Invalid value for '--ratio': 1"),
-        (["--ratio", "-0.1"], 2, "Invalid value for '--ratio': -0.1"),
-        (["--ratio", "0.2", "--calibration", "absent.txt"], 2, "'absent.txt' does not exist"),
-        (["--ratio", "0.2", "--metric", "taylr"], 2, "'taylr' is not one of"),
-        (["--ratio", "0.05"], 5, "a ratio of 0.05 cannot be reached in multiples of 256"),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_nothing(
-    arguments: list[str], code: int, message: str, checkpoint: Path, tmp_path: Path
-) -> None:
-    command = ["prune", str(checkpoint), "-o", str(tmp_path / "out"), *arguments]
-    result = CliRunner().invoke(main, command)
-    assert (result.exit_code, result.stdout) == (code, "")
-    assert message in result.stderr and result.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_short_text_and_an_existing_output_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_text("too short")
-    command = ["prune", str(checkpoint), "-o", str(tmp_path / "out"), "--ratio", "0.2"]
-    result = CliRunner().invoke(main, [*command, "--calibration", str(tmp_path / "short.txt")])
-    assert result.exit_code == 2 and "at least 16 are needed" in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
-    (tmp_path / "out").mkdir()
-    result = CliRunner().invoke(main, command)
-    assert result.exit_code == 2 and "exists; choose another -o" in result.stderr
-
-
-def test_a_dry_run_lists_combinations_and_writes_nothing(checkpoint: Path, tmp_path: Path) -> None:
-    command = ["prune", str(checkpoint), "-o", str(tmp_path / "out"), "--ratio", "0.22"]
-    result = CliRunner().invoke(main, [*command, "--dry-run", "--json"])
-    rows = json.loads(result.stdout)["candidates"]
-    assert {"layers": 2, "attention_heads": 8, "key_value_heads": 4, "neurons": 256} in [
-        row["kept"] for row in rows
-    ]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_convert_with_prune_equals_pruning_and_then_converting(
-    checkpoint: Path, tmp_path: Path
-) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
-    more = ["--calibration", str(text)]
-    tail = ["--tiers", "Q4_K,source", "--no-measure", "--jobs", "1"]
-
-    def run(*command: object) -> None:
-        result = CliRunner().invoke(main, [*map(str, command), *more], catch_exceptions=False)
-        assert result.exit_code == 0, result.stderr
-
-    run("convert", checkpoint, "-o", tmp_path / "both", "--prune", 0.22, *tail)
-    run("prune", checkpoint, "-o", tmp_path / "tiny-pruned", "--ratio", 0.22)
-    run("convert", tmp_path / "tiny-pruned", "-o", tmp_path / "one", *tail)
-    for path in (tmp_path / "one").glob("*.[gl]*"):  # the GGUF and the levels
-        assert path.read_bytes() == (tmp_path / "both" / path.name).read_bytes()
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_the_verdict_says_when_quantization_alone_is_better() -> None:
-    def row(model: str, n_bytes: int, kl: float, speed: float) -> dict[str, Any]:
-        figures = {"weights_bytes": n_bytes, "kl_mean": kl, "tokens_per_second": speed}
-        return {"model": model, "at": "Q4_K", **figures}
-
-    pruned = row("pruned", 100, 0.3, 50)
-    (line,) = verdict([pruned, row("whole", 100, 0.2, 40), row("whole", 90, 0.4, 60)])
-    assert "at equal bytes quantization alone is better (KL 0.2 whole, 0.3 pruned)" in line
-    assert "at equal tokens/s pruning is better (KL 0.4 whole, 0.3 pruned)" in line
-    assert "bytes quantization alone cannot get there" in verdict([pruned])[0]
-    (near,) = verdict([pruned, row("whole", 100, 0.2, 49)])  # as fast, within what timing can tell
-    assert "at equal tokens/s quantization alone is better" in near
-
-
-def test_the_command_offers_every_metric_of_the_table() -> None:
-    from edgekit.cli.prune import METRICS as offered
-
-    assert tuple(METRICS) == offered
-
-
-def test_templates_go_along_and_links_out_of_the_checkpoint_do_not(tmp_path: Path) -> None:
-    source = tiny(tmp_path / "source", "llama")
-    templates = source / "additional_chat_templates"
-    templates.mkdir()
-    (templates / "tool.jinja").write_text("{{ messages }}")
-    (tmp_path / "secret.bin").write_text("secret")
-    (templates / "other.bin").symlink_to(tmp_path / "secret.bin")
-    prune(source, tmp_path / "out", options(0.0))
-    copied = list((tmp_path / "out" / "additional_chat_templates").iterdir())
-    assert [path.name for path in copied] == ["tool.jinja"]
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
-        source / "tokenizer.json"
-    ).read_bytes()
-
-
-@pytest.mark.slow
-def test_the_report_measures_every_way_and_quantization_alone(
-    checkpoint: Path, tmp_path: Path
-) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 400)
-    command = ["prune", str(checkpoint), "-o", str(tmp_path / "out"), "--ratio", "0.2", "--json"]
-    more = ["--report", "--multiple", "32", "--tokens", "1024", "--calibration", str(text)]
-    result = CliRunner().invoke(main, [*command, *more], catch_exceptions=False)
-    body = json.loads(result.stdout)
-    assert {row["name"] for row in body["ways"]} == set(ROWS)
-    assert {row["ratio_asked"] for row in body["ways"]} == {0.1, 0.2, 0.3}
-    pruned = [row for row in body["against_quantization"] if row["model"] == "pruned"]
-    assert len(pruned) == len(body["verdict"]) == 6
-    page = (tmp_path / "out" / "report.md").read_text()
-    assert all(line in page for line in body["verdict"])
-    assert body["peak_rss_bytes"] > 0
