@@ -32,7 +32,7 @@ from edgekit.imatrix import Imatrix, read_imatrix, write_imatrix
 from edgekit.manifest import NO_FILE, Json, Manifest
 from edgekit.measure import measure
 from edgekit.model_card import write_model_card
-from edgekit.onnx_export import decoder_in, export_onnx, onnx_model, require_onnx
+from edgekit.onnx.export import decoder_in, export_onnx, onnx_model, require_onnx
 from edgekit.onnx_part import FOLDER
 from edgekit.progress import Progress
 from edgekit.provenance import artifact_name, source_files, statistics_json, tool_versions

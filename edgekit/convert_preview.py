@@ -10,7 +10,7 @@ from edgekit.convert import gguf_metadata, require_free_name
 from edgekit.convert_options import Options, check_options
 from edgekit.convert_report import Report, tier_bytes
 from edgekit.errors import UsageError
-from edgekit.onnx_export import decoder_in
+from edgekit.onnx.export import decoder_in
 from edgekit.planner import resident_bytes
 from edgekit.stack import SOURCE, Level, Part, Stack
 

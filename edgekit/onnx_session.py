@@ -18,9 +18,9 @@ from edgekit.devices.memory import auto_budget, held_bytes
 from edgekit.errors import DoesNotFitError, UsageError
 from edgekit.llama import Generation, Message, Sampling, Timings
 from edgekit.llama.generation import until_stop
-from edgekit.onnx_artifact import OnnxArtifact, open_onnx
-from edgekit.onnx_cache import model_folder
-from edgekit.onnx_plan import PROCESS_BYTES, depth_of, onnx_plan_json, plan_onnx
+from edgekit.onnx.artifact import OnnxArtifact, open_onnx
+from edgekit.onnx.cache import model_folder
+from edgekit.onnx.plan import PROCESS_BYTES, depth_of, onnx_plan_json, plan_onnx
 from edgekit.onnx_runtime import Runner, Sampler, Tokenizer, open_runner
 from edgekit.plan import Plan
 from edgekit.progress import Progress, Silent

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from edgekit.artifact import Verification, open_artifact, verify
 from edgekit.catalog import read_manifest
-from edgekit.onnx_artifact import OnnxArtifact
+from edgekit.onnx.artifact import OnnxArtifact
 from edgekit.onnx_part import FOLDER
 
 

@@ -20,9 +20,9 @@ from edgekit.exporters import onnx_model
 from edgekit.exporters.onnx_blocks import unpacked
 from edgekit.exporters.onnx_decoder import STACKED, Decoder
 from edgekit.exporters.onnx_store import DataFile, Planes
-from edgekit.onnx_export import decoder_in
+from edgekit.onnx.export import decoder_in
+from edgekit.onnx.slicing import divided
 from edgekit.progress import Silent
-from edgekit.slicing import divided
 
 # ONNX Runtime's attention wants heads of a multiple of 16
 SPECIAL: dict[str, dict[str, Any]] = {

@@ -18,9 +18,9 @@ import edgekit
 from edgekit.cli import main
 from edgekit.errors import DoesNotFitError, UsageError
 from edgekit.llama import Sampling
-from edgekit.onnx_artifact import open_onnx
-from edgekit.onnx_materialize import materialize_onnx
-from edgekit.onnx_plan import BATCHES, depth_of, open_part, plan_depth, plan_onnx
+from edgekit.onnx.artifact import open_onnx
+from edgekit.onnx.materialize import materialize_onnx
+from edgekit.onnx.plan import BATCHES, depth_of, open_part, plan_depth, plan_onnx
 from edgekit.onnx_runtime import Tokenizer, has_genai, open_runner
 from edgekit.onnx_runtime.sampler import kept
 from edgekit.onnx_session import OnnxSettings, load_onnx
@@ -153,7 +153,7 @@ def test_long_prompts_are_read_in_batches_with_the_same_result(artifact):
     with load_onnx(artifact, 1 << 40, 256, OnnxSettings(1, genai=False)) as session:
         ids = session.tokenizer.encode(text)
         whole = session.runner.decode(ids)
-        from edgekit.onnx_cache import cached_folder
+        from edgekit.onnx.cache import cached_folder
 
         folder = cached_folder(opened, 8)
     small = open_runner(folder, opened.part.facts, 256, 7, 1, genai=False)
@@ -165,7 +165,7 @@ def test_long_prompts_are_read_in_batches_with_the_same_result(artifact):
 
 
 def test_the_cache_is_used_again_and_a_touched_file_is_not(artifact):
-    from edgekit.onnx_cache import cached_folder
+    from edgekit.onnx.cache import cached_folder
 
     opened = open_onnx(artifact)
     folder = cached_folder(opened, 4)

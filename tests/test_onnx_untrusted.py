@@ -13,7 +13,7 @@ from onnx_models import checkpoint_of, onnx_artifact
 from edgekit.catalog import read_manifest
 from edgekit.cli import main
 from edgekit.manifest import self_hash
-from edgekit.onnx_artifact import open_onnx
+from edgekit.onnx.artifact import open_onnx
 from edgekit.publish import write_manifest
 from edgekit.stack import FileRecord
 

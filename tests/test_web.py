@@ -18,8 +18,8 @@ from onnx_models import float_graph, logits_of, onnx_artifact, opened
 
 from edgekit.exporters.onnx_configs import CONFIG
 from edgekit.llama import Sampling
-from edgekit.onnx_artifact import open_onnx
-from edgekit.onnx_materialize import MODEL, materialize_onnx
+from edgekit.onnx.artifact import open_onnx
+from edgekit.onnx.materialize import MODEL, materialize_onnx
 from edgekit.onnx_runtime import Tokenizer, open_runner
 from edgekit.onnx_runtime.sampler import Sampler
 
@@ -70,7 +70,7 @@ def prompt_ids(folder: Path) -> list[int]:
 
 def tokens_in_python(artifact: Path, folder: Path) -> list[int]:
     """Greedy tokens in onnxruntime, one by one with the cache."""
-    from edgekit.onnx_cache import cached_folder
+    from edgekit.onnx.cache import cached_folder
 
     place, facts = cached_folder(open_onnx(artifact), 8), open_onnx(artifact).part.facts
     runner, sampler = open_runner(place, facts, 128, 128, 1, genai=False), Sampler(Sampling(0.0))

@@ -67,7 +67,7 @@ def evaluate(
         "context": context,
     }
     if runtime == "onnx":
-        from edgekit.onnx_evaluate import evaluate_onnx
+        from edgekit.onnx.evaluate import evaluate_onnx
 
         found = evaluate_onnx(model, text, **common)
     else:

@@ -51,7 +51,7 @@ def export(
     \b
         edgekit export llama-edge --format onnx --checkpoint ./Llama-3.2-1B
     """
-    from edgekit.export import add_onnx
+    from edgekit.onnx.add import add_onnx
 
     with progress_bars() as progress:
         found = add_onnx(

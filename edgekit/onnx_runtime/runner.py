@@ -50,7 +50,7 @@ def open_runner(
     """Load a model folder.
 
     Args:
-        folder: As `edgekit.onnx_materialize.write_folder` makes it.
+        folder: As `edgekit.onnx.materialize.write_folder` makes it.
         facts: Of the model.
         n_ctx: Most tokens of the conversation.
         n_batch: Tokens of a prompt computed at once.

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from edgekit import slicing
 from edgekit.artifact import open_artifact
 from edgekit.assembly import Assembly
 from edgekit.calibration import calibrate
@@ -27,9 +26,10 @@ from edgekit.convert_options import Options
 from edgekit.evaluate import Reference, compare, evaluate
 from edgekit.imatrix import write_imatrix
 from edgekit.kernels import slices
-from edgekit.onnx_artifact import open_onnx
-from edgekit.onnx_cache import model_folder
-from edgekit.onnx_evaluate import logits_of
+from edgekit.onnx import slicing
+from edgekit.onnx.artifact import open_onnx
+from edgekit.onnx.cache import model_folder
+from edgekit.onnx.evaluate import logits_of
 from edgekit.plan import plan_tier
 from edgekit.progress import Silent
 from edgekit.samples import heldout_text

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edgekit.onnx_artifact import open_onnx
-from edgekit.onnx_cache import cached_folder
-from edgekit.onnx_plan import plan_depth
+from edgekit.onnx.artifact import open_onnx
+from edgekit.onnx.cache import cached_folder
+from edgekit.onnx.plan import plan_depth
 from edgekit.onnx_runtime import open_runner
 
 DEPTHS, CONTEXT, BATCH, THREADS = (2, 4, 8), 2048, 128, 2

@@ -21,8 +21,8 @@ from edgekit.errors import UnsupportedError
 from edgekit.exporters import onnx_model
 from edgekit.exporters.onnx_blocks import composed, packed, planes_of, unpacked
 from edgekit.exporters.onnx_store import weights_at
-from edgekit.onnx_artifact import open_onnx
-from edgekit.onnx_materialize import materialize_onnx, whole_codes
+from edgekit.onnx.artifact import open_onnx
+from edgekit.onnx.materialize import materialize_onnx, whole_codes
 
 DEPTHS = (8, 4, 2)
 LONG = [2.0 + i / 8 for i in range(16)]

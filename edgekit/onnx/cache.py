@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgekit.cache import cache_folder, identity, limit_bytes
-from edgekit.disk import require_free
+from edgekit.disk import folder_bytes, require_free
 from edgekit.errors import DiskFullError
-from edgekit.onnx_artifact import OnnxArtifact
-from edgekit.onnx_export import folder_bytes
-from edgekit.onnx_materialize import whole_bytes, write_folder
+from edgekit.onnx.artifact import OnnxArtifact
+from edgekit.onnx.materialize import whole_bytes, write_folder
 
 STAMP = "stamp.json"
 

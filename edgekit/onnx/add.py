@@ -17,13 +17,13 @@ from edgekit.arch.decoder import decoder_of
 from edgekit.artifact import Artifact, open_artifact
 from edgekit.assembly import Assembly
 from edgekit.checkpoint import contained, read_json
-from edgekit.disk import disk_full_reported, require_free
+from edgekit.disk import disk_full_reported, folder_bytes, require_free
 from edgekit.errors import RefusedError, UsageError
 from edgekit.exporters.gguf import tensor_offsets
 from edgekit.imatrix import read_imatrix
 from edgekit.kernels.ggml import row_bytes
 from edgekit.model_card import write_model_card
-from edgekit.onnx_export import OnnxModel, export_onnx, folder_bytes, require_onnx
+from edgekit.onnx.export import OnnxModel, export_onnx, require_onnx
 from edgekit.onnx_part import FOLDER
 from edgekit.planner import uniform
 from edgekit.progress import Progress

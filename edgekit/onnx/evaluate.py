@@ -11,9 +11,9 @@ from edgekit.errors import UsageError
 from edgekit.evaluate import BATCH, Quality, Reference, compare
 from edgekit.exporters.onnx_store import DEPTHS
 from edgekit.measure import reference_source
-from edgekit.onnx_artifact import OnnxArtifact, open_onnx
-from edgekit.onnx_cache import model_folder
-from edgekit.onnx_plan import context_of, depth_of, plan_onnx
+from edgekit.onnx.artifact import OnnxArtifact, open_onnx
+from edgekit.onnx.cache import model_folder
+from edgekit.onnx.plan import context_of, depth_of, plan_onnx
 from edgekit.onnx_runtime.runner import MODEL_KEEP, OrtRunner
 from edgekit.text import read_text
 

@@ -15,14 +15,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.disk import disk_full_reported, require_free
+from edgekit.disk import disk_full_reported, folder_bytes, require_free
 from edgekit.errors import UsageError
 from edgekit.exporters.onnx_blocks import composed
 from edgekit.exporters.onnx_configs import CONFIG, GENAI, carried_files, config_json, genai_json
 from edgekit.exporters.onnx_decoder import Array, Decoder, Quantized, Term
 from edgekit.exporters.onnx_store import DataFile, Planes
-from edgekit.onnx_artifact import OnnxArtifact
-from edgekit.onnx_export import folder_bytes
+from edgekit.onnx.artifact import OnnxArtifact
 from edgekit.publish import move_into_place
 
 MODEL, MODEL_KEEP, DATA = "model.onnx", "model_last.onnx", "model.onnx_data"

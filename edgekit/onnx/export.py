@@ -1,7 +1,6 @@
 """A model as files for ONNX Runtime: data files, one graph per depth, and what runtimes read."""
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from edgekit.exporters.onnx_configs import CONFIG, GENAI, carried_files, config_
 from edgekit.exporters.onnx_decoder import Decoder
 from edgekit.exporters.onnx_store import DEPTHS, weights_at
 from edgekit.imatrix import Imatrix
+from edgekit.onnx.slicing import Source, slice_model
 from edgekit.onnx_part import Facts, OnnxPart, graph_name
 from edgekit.progress import Progress
 from edgekit.publish import HashingWriter
-from edgekit.slicing import Source, slice_model
 from edgekit.stack import FileRecord
 
 DEFAULT_BLOCK = 64
@@ -137,8 +136,3 @@ def facts_of(model: OnnxModel) -> Facts:
 def _record(path: Path) -> FileRecord:
     data = path.read_bytes()
     return FileRecord(path.name, len(data), hashlib.sha256(data).hexdigest())
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder and those below."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not os.path.islink(p))
