@@ -1,6 +1,5 @@
 """Tiny checkpoints as ONNX artifacts, and the same weights in transformers and in plain graphs."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +167,3 @@ def wanted(model: Any, ids: np.ndarray) -> np.ndarray:
 
 def tokens(n: int = N_TOKENS, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, 300, (1, n))
-
-
-def changed(decoder: Decoder, **fields: Any) -> Decoder:
-    return dataclasses.replace(decoder, **fields)

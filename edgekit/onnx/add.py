@@ -172,9 +172,8 @@ class ArtifactTensor:
         """Whether its values may be rounded."""
         return allows_quantization(self.name, self.shape)
 
-    def rows(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
-        """Raw rows over all experts, uint8 ``[n, row bytes]``."""
-        stop = self.stack.n_weights // self.stack.cols if stop is None else stop
+    def rows(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Raw rows ``[start, stop)`` over all experts, uint8 ``[n, row bytes]``."""
         width = row_bytes(self.source_type, self.stack.cols)
         raw = self.sources.read(self.offset + start * width, (stop - start) * width)
         return np.frombuffer(raw, np.uint8).reshape(stop - start, width)

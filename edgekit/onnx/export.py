@@ -10,12 +10,13 @@ from typing import Any
 from edgekit.arch import Mapping as TensorMapping
 from edgekit.arch.decoder import decoder_of
 from edgekit.checkpoint import Checkpoint
+from edgekit.codecs.job import Source
 from edgekit.errors import EdgekitError
 from edgekit.exporters.onnx_configs import CONFIG, GENAI, carried_files, config_json, genai_json
 from edgekit.exporters.onnx_decoder import Decoder
 from edgekit.exporters.onnx_store import DEPTHS, weights_at
 from edgekit.imatrix import Imatrix
-from edgekit.onnx.slicing import Source, slice_model
+from edgekit.onnx.slicing import slice_model
 from edgekit.onnx_part import Facts, OnnxPart, graph_name
 from edgekit.progress import Progress
 from edgekit.publish import HashingWriter

@@ -2,22 +2,21 @@
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.errors import RefusedError, UnsupportedError
+from edgekit.codecs.job import Source, finite_rows
+from edgekit.errors import UnsupportedError
 from edgekit.exporters.onnx_blocks import planes_of
-from edgekit.exporters.onnx_decoder import EMBEDDING, HEAD, STACKED, Decoder
+from edgekit.exporters.onnx_decoder import EMBEDDING, HEAD, STACKED, Decoder, Stacked
 from edgekit.exporters.onnx_store import DEPTHS, DataFile, Plane, Planes, Stored, data_name
 from edgekit.imatrix import Imatrix
 from edgekit.kernels import slices
-from edgekit.kernels.ggml import dequantize
 from edgekit.progress import Progress
 
 F32Array = npt.NDArray[np.float32]
@@ -27,29 +26,6 @@ CHUNK_WEIGHTS = 1 << 20  # coded by one thread at a time: 30 MiB of codes, float
 SAMPLED_BLOCKS = 1 << 9  # of a chunk, whose errors are compared with dedicated codes
 LEAST_IMPORTANCE = 1e-6  # of the mean; a column that no text uses still counts a little
 ROTATIONS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-
-
-class Source(Protocol):
-    """A tensor at tier source, whose rows are read when they are needed."""
-
-    @property
-    def name(self) -> str:
-        """llama.cpp's name."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Numpy order, experts first."""
-
-    @property
-    def source_type(self) -> str:
-        """ggml type of the rows."""
-
-    @property
-    def quantizable(self) -> bool:
-        """Whether its values may be rounded."""
-
-    def rows(self, start: int = 0, stop: int | None = None) -> U8Array:
-        """Raw rows over all experts, uint8 ``[n, row bytes]``."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +66,7 @@ class Chunk:
         Raises:
             RefusedError: A weight is NaN or infinite.
         """
-        found = [_floats(part, self.start, self.stop) for part in self.parts]
-        for part, values in zip(self.parts, found, strict=True):
-            if not np.isfinite(values).all():
-                raise RefusedError(
-                    f"tensor {part.name} has NaN or infinite weights in rows {self.start} to "
-                    f"{self.stop - 1}; repair the checkpoint"
-                )
+        found = [finite_rows(part, self.start, self.stop)[1] for part in self.parts]
         return found[0] if len(found) == 1 else np.stack(found, 1).reshape(-1, found[0].shape[1])
 
 
@@ -193,7 +163,7 @@ def divided(tensors: Sequence[Source]) -> tuple[list[Matrix], dict[str, F32Array
     return matrices, floats
 
 
-def _stack_of(name: str, by_name: Mapping[str, Source]):  # type: ignore[no-untyped-def]
+def _stack_of(name: str, by_name: Mapping[str, Source]) -> tuple[str, Stacked | None, bool]:
     """Prefix, stack and whether ``name`` is its first tensor that is there."""
     stem, _, suffix = name.rpartition(".")
     prefix, _, role = stem.rpartition(".")
@@ -215,9 +185,9 @@ def _stacked_bias(prefix: str, parts: Sequence[str], by_name: Mapping[str, Sourc
     return np.concatenate(found)
 
 
-def _floats(tensor: Source, start: int = 0, stop: int | None = None) -> F32Array:
-    raw = tensor.rows(start, stop)
-    return dequantize(tensor.source_type, raw).reshape(len(raw), -1)
+def _floats(tensor: Source) -> F32Array:
+    """All rows, float32 ``[n, cols]``."""
+    return finite_rows(tensor, 0, int(np.prod(tensor.shape[:-1])))[1]
 
 
 def _tables(decoder: Decoder) -> Iterator[tuple[str, F32Array]]:
@@ -285,7 +255,7 @@ def _coded(
     per_turn = len(matrix.parts) if matrix.is_woven else 1
     tasks = iter(matrix.chunks())
 
-    def submit(chunk: Chunk):  # type: ignore[no-untyped-def]
+    def submit(chunk: Chunk) -> Future[Coded]:
         return pool.submit(_code, chunk, writer.block, writer.lowest, importance, rows // per_turn)
 
     running = deque(submit(chunk) for chunk in islice(tasks, ahead))
