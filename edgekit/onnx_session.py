@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from edgekit.devices.memory import auto_budget, held_bytes
-from edgekit.errors import DoesNotFitError, UsageError
+from edgekit.errors import EdgekitError, TooLongError, UsageError
 from edgekit.llama import Generation, Message, Sampling, Timings
 from edgekit.llama.generation import until_stop
 from edgekit.onnx.artifact import OnnxArtifact, open_onnx
@@ -86,10 +86,10 @@ class OnnxSession:
         self.artifact: OnnxArtifact = open_onnx(path, 0, remember=True)
         started = time.monotonic()
         limit = auto_budget().n_bytes if budget is None else budget
-        self.plan: Plan = plan_onnx(self.artifact.part, limit, context, self._held)
+        self.plan: Plan = self._planned(limit)
         self.tokenizer = Tokenizer(self.artifact.files)
         try:
-            self._runner = self._loaded(self.plan)
+            self._load(self.plan)
         except BaseException:
             self.close()
             raise
@@ -123,10 +123,12 @@ class OnnxSession:
         """Continue a text or a conversation; as `edgekit.session.Session.generate`."""
         self.adapt(n)
         ids = self._ids(prompt, chat)
-        room = self.runner.n_ctx
-        if not ids or len(ids) > room or n < 0:
-            raise UsageError(
-                f"a prompt of {len(ids)} tokens and {n} more; the context has {room} positions"
+        if not ids or n < 0:
+            raise UsageError(f"a prompt of {len(ids)} tokens and {n} more is nothing to compute")
+        if len(ids) > self.runner.n_ctx:
+            raise TooLongError(
+                f"the prompt has {len(ids)} tokens, the context {self.runner.n_ctx}; shorten it, "
+                "or give a larger context"
             )
         generation = Generation()
         tokens = self._draw(self._rewind(ids), n, sampling or Sampling(), generation)
@@ -148,18 +150,20 @@ class OnnxSession:
 
         Raises:
             DoesNotFitError: Nothing fits; the old depth stays.
+            EdgekitError: Loading failed; the old depth is back.
         """
-        plan = plan_onnx(self.artifact.part, budget, self._context, self._held)
+        plan = self._planned(budget)
         if depth_of(plan) == depth_of(self.plan):
             self.plan = replace(self.plan, budget_bytes=budget)
             return self.plan
         before, started = self.plan.total_bytes, time.monotonic()
-        tokens = list(self.runner.tokens)
-        self.runner.close()  # two depths are never resident together
-        self._runner = None
-        self._runner = self._loaded(plan)
-        if tokens:
-            self.runner.decode(tokens)
+        old, tokens = self.runner, list(self.runner.tokens)
+        try:
+            self._load(plan, tokens)
+        except EdgekitError:
+            if self._runner is not old:
+                self._load(self.plan, tokens)
+            raise
         self.plan = plan
         read, seconds = self.artifact.part.depth_bytes(depth_of(plan)), time.monotonic() - started
         self.changes.append(Change("asked", before, plan.total_bytes, read, seconds))
@@ -172,7 +176,7 @@ class OnnxSession:
         budget, self._pending = self._pending, None
         try:
             self.resize(budget)
-        except DoesNotFitError as error:
+        except EdgekitError as error:
             self._settings.progress.note(f"the old depth stays: {error}")
 
     def plan_json(self) -> dict[str, Any]:
@@ -186,16 +190,25 @@ class OnnxSession:
         self._runner = None
         self._folders.close()
 
-    def _loaded(self, plan: Plan) -> Runner:
-        depth = depth_of(plan)
+    def _planned(self, budget: int) -> Plan:
+        part, depths = self.artifact.part, self.artifact.depths
+        return plan_onnx(part, budget, self._context, self._held, depths)
+
+    def _load(self, plan: Plan, tokens: Sequence[int] = ()) -> None:
+        """Load a plan instead of what is loaded: two depths are never resident together."""
+        depth, facts = depth_of(plan), self.artifact.part.facts
         self.artifact.check(depth, remember=True)
+        if self._runner is not None:
+            self._runner.close()
+        self._runner = None
         self._folders.close()
         folder = self._folders.enter_context(model_folder(self.artifact, depth))
         threads = self._settings.n_threads or psutil.cpu_count(logical=False) or 1
-        facts = self.artifact.part.facts
-        return open_runner(
+        self._runner = open_runner(
             folder, facts, plan.context, plan.batch, threads, genai=self._settings.genai
         )
+        if tokens:
+            self._runner.decode(tokens)
 
     def _ids(self, prompt: str | Sequence[Message], chat: bool) -> list[int]:
         is_text = isinstance(prompt, str)

@@ -16,11 +16,11 @@ from onnx_models import float_graph, logits_of, onnx_artifact
 
 import edgekit
 from edgekit.cli import main
-from edgekit.errors import DoesNotFitError, UsageError
+from edgekit.errors import DoesNotFitError, RefusedError, TooLongError, UsageError
 from edgekit.llama import Sampling
-from edgekit.onnx.artifact import open_onnx
+from edgekit.onnx.artifact import described, open_onnx
 from edgekit.onnx.materialize import materialize_onnx
-from edgekit.onnx.plan import BATCHES, depth_of, open_part, plan_depth, plan_onnx
+from edgekit.onnx.plan import BATCHES, depth_of, plan_depth, plan_onnx
 from edgekit.onnx_runtime import Tokenizer, has_genai, open_runner
 from edgekit.onnx_runtime.sampler import kept
 from edgekit.onnx_session import OnnxSettings, load_onnx
@@ -52,7 +52,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 def total(artifact: Path, depth: int, context: int = 256) -> int:
     """What a depth needs at least."""
-    return plan_depth(open_part(artifact), depth, context, BATCHES[-1]).total_bytes
+    return plan_depth(described(artifact)[1], depth, context, BATCHES[-1]).total_bytes
 
 
 def greedy_of_graph(graph: Path, ids: list[int], n: int) -> list[int]:
@@ -99,7 +99,7 @@ def test_our_loop_and_genai_give_the_same_tokens(sample, depth, tmp_path):
 
 
 def test_a_budget_decides_the_depth_and_the_plan_says_so(artifact):
-    part = open_part(artifact)
+    _, part = described(artifact)
     totals = {depth: total(artifact, depth) for depth in (2, 4, 8)}
     assert totals[2] < totals[4] < totals[8]
     for depth in (2, 4, 8):
@@ -134,6 +134,31 @@ def test_a_conversation_goes_on_after_a_change_of_depth(artifact):
         with pytest.raises(DoesNotFitError):
             session.resize(1 << 20)
         assert session.runner.tokens == fresh and depth_of(session.plan) == 2
+
+
+def test_a_depth_that_cannot_be_loaded_leaves_the_old_one(artifact, tmp_path):
+    """Its data file is damaged: refused, and the conversation goes on at the old depth."""
+    copy = Path(shutil.copytree(artifact, tmp_path / "copy"))
+    low = total(copy, 2, 128)
+    with load_onnx(copy, low, 128, OnnxSettings(1, genai=False)) as session:
+        list(session.generate(PROMPT, 3, GREEDY))
+        before = list(session.runner.tokens)
+        data = bytearray((copy / "onnx/depth8.bin").read_bytes())
+        data[5] ^= 1
+        (copy / "onnx/depth8.bin").write_bytes(data)
+        with pytest.raises(RefusedError, match="corrupt"):
+            session.resize(1 << 40)
+        assert depth_of(session.plan) == 2 and session.runner.tokens == before
+        session.request(1 << 40)
+        assert "".join(session.generate(PROMPT, 3, GREEDY)) and session.changes == []
+
+
+def test_a_prompt_longer_than_the_context_is_told_as_llama_cpp_s(artifact):
+    with (
+        load_onnx(artifact, 1 << 40, 8, OnnxSettings(1, genai=False)) as session,
+        pytest.raises(TooLongError, match="the context 8; shorten it"),
+    ):
+        session.generate("def f(x):\n    return x + 1\n" * 12, 1, GREEDY)
 
 
 def test_a_common_beginning_is_not_computed_again(artifact):

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from onnx_models import float_graph, logits_of, onnx_artifact
 
+from edgekit.exporters.onnx_configs import MODEL
 from edgekit.llama import Sampling
 from edgekit.onnx.artifact import open_onnx
 from edgekit.onnx.cache import cached_folder
-from edgekit.onnx.materialize import MODEL, materialize_onnx
+from edgekit.onnx.materialize import materialize_onnx
 from edgekit.onnx_runtime import Tokenizer, open_runner
 from edgekit.onnx_runtime.sampler import Sampler
 
@@ -105,9 +106,9 @@ def test_node_gives_the_float_tokens_of_python(node, made, tmp_path):
     name, _, folder = made
     copy = Path(shutil.copytree(folder, tmp_path / "model"))
     graph = float_graph(ROOT / "samples" / name, tmp_path)
-    (copy / "onnx" / MODEL).write_bytes(graph.read_bytes())
+    (copy / MODEL).write_bytes(graph.read_bytes())
     (copy / "onnx" / "model.onnx_data").write_bytes((tmp_path / "float.bin").read_bytes())
-    renamed(copy / "onnx" / MODEL, "model.onnx_data")
+    renamed(copy / MODEL, "model.onnx_data")
     ids = prompt_ids(folder)
     for _ in range(N):
         ids.append(int(logits_of(graph, np.array([ids]), len(ids))[0, -1].argmax()))
