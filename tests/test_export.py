@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from edgekit.cli import main
 from edgekit.convert import convert
 from edgekit.llama import Sampling
 from edgekit.progress import Silent
+from edgekit.pruning.prune import Options as Pruning
+from edgekit.pruning.prune import prune
 
 TIERS = ("Q4_K", "source")
 FORMATS = {"both": ("gguf", "onnx"), "gguf": ("gguf",), "onnx": ("onnx",)}
@@ -86,6 +89,38 @@ def test_inspect_and_the_report_tell_of_both(made):
     assert bare["tiers"] == [] and bare["n_parameters"] > 1e5
     card = (made / "both/README.md").read_text()
     assert "For ONNX Runtime" in card and "What a budget buys" in card
+
+
+def test_a_dry_run_tells_the_bytes_of_both_formats(made, tmp_path):
+    found = {}
+    for name, formats in FORMATS.items():
+        words = ("convert", str(made / "checkpoint"), "-o", str(tmp_path / "x"), "--dry-run")
+        body = json_of(*words, "--tiers", ",".join(TIERS), "--format", ",".join(formats),
+                       "--no-calibration", "--block-size", "32")  # fmt: skip
+        found[name] = body["artifact_bytes"]
+    assert found["both"] == found["gguf"] + found["onnx"]
+    weights = sum(row["bytes"] for row in json_of("inspect", str(made / "onnx"))["onnx"]["depths"])
+    assert weights / 3 < found["onnx"] < weights
+
+
+def test_a_pruned_checkpoint_becomes_an_onnx_artifact(made, tmp_path):
+    """File for file what the pruned checkpoint gives when it is converted by itself."""
+    prune(made / "checkpoint", tmp_path / "pruned", Pruning(0.2), Silent())
+    options = unmeasured(TIERS, statistics=False, formats=("onnx",))
+    convert(tmp_path / "pruned", tmp_path / "alone", options, Silent())
+    convert(made / "checkpoint", tmp_path / "a", replace(options, prune=0.2), Silent())
+    assert files(tmp_path / "a/onnx") == files(tmp_path / "alone/onnx")
+    n, whole = (json_of("inspect", str(f))["n_parameters"] for f in (tmp_path / "a", made / "onnx"))
+    assert 0.5 < n / whole < 0.85
+    with edgekit.load(tmp_path / "a", 1 << 33, 64, n_threads=1, runtime="onnx") as session:
+        assert len(list(session.generate("a b", 3, Sampling(temperature=0.0)))) > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "alone", "pruned"}
+
+
+def test_another_device_than_the_cpu_is_refused(made):
+    words = ["eval", str(made / "onnx"), "--runtime", "onnx", "--text", __file__]
+    result = CliRunner().invoke(main, [*words, "--device", "cuda"])
+    assert result.exit_code == 2 and "runs on the CPU here, not on cuda" in result.stderr
 
 
 def test_an_unknown_format_is_a_wrong_use(made, tmp_path):

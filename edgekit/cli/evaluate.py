@@ -67,6 +67,8 @@ def evaluate(
         "context": context,
     }
     if runtime == "onnx":
+        if device != "cpu":
+            raise UsageError(f"ONNX Runtime runs on the CPU here, not on {device}; drop --device")
         from edgekit.onnx.evaluate import evaluate_onnx
 
         found = evaluate_onnx(model, text, **common)

@@ -39,7 +39,7 @@ def cached_folder(artifact: OnnxArtifact, depth: int) -> Path | None:
         (partial / STAMP).write_text(json.dumps(_identities(partial)), encoding="utf-8")
         partial.rename(place)
     except (OSError, DiskFullError):
-        return None
+        return place if _is_sound(place) else None  # perhaps another process was faster
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return place
