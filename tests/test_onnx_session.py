@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from click.testing import CliRunner
 from models import whole_model
 from onnx_models import float_graph, logits_of, onnx_artifact
@@ -63,16 +64,36 @@ def greedy_of_graph(graph: Path, ids: list[int], n: int) -> list[int]:
     return ids[-n:]
 
 
-def test_float_tokens_are_those_of_transformers(sample, tmp_path):
+@pytest.fixture(scope="module")
+def of_transformers(sample) -> list[int]:
+    """64 greedy tokens of the checkpoint in transformers."""
+    checkpoint, artifact = sample
+    ids = torch.tensor([Tokenizer(artifact / "onnx").encode(PROMPT)])
+    model = whole_model(checkpoint)
+    found = model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None)
+    return found[0, ids.shape[1] :].tolist()
+
+
+def test_float_tokens_are_those_of_transformers(sample, of_transformers, tmp_path):
     checkpoint, artifact = sample
     ids = Tokenizer(artifact / "onnx").encode(PROMPT)
-    import torch
+    assert greedy_of_graph(float_graph(checkpoint, tmp_path), ids, 64) == of_transformers
 
-    want = whole_model(checkpoint).generate(
-        torch.tensor([ids]), max_new_tokens=64, do_sample=False, eos_token_id=None
-    )
-    got = greedy_of_graph(float_graph(checkpoint, tmp_path), ids, 64)
-    assert got == want[0, len(ids) :].tolist()
+
+@pytest.mark.skipif(not has_genai(), reason="onnxruntime-genai is not installed")
+def test_float_tokens_of_genai_are_those_of_transformers(sample, of_transformers, tmp_path):
+    """A model folder whose graph is the float model: what genai reads is as in ours."""
+    checkpoint, artifact = sample
+    opened, folder = open_onnx(artifact), tmp_path / "model"
+    materialize_onnx(opened, 8, folder)
+    float_graph(checkpoint, folder / "onnx").rename(folder / "onnx/model.onnx")
+    runner = open_runner(folder, opened.part.facts, 128, 128, 1, genai=True)
+    found, ids = list[int](), Tokenizer(folder).encode(PROMPT)
+    for _ in range(64):
+        found.append(int(runner.decode(ids).argmax()))
+        ids = found[-1:]
+    runner.close()
+    assert found == of_transformers
 
 
 @pytest.mark.skipif(not has_genai(), reason="onnxruntime-genai is not installed")
