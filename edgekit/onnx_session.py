@@ -24,6 +24,7 @@ from edgekit.onnx.plan import PROCESS_BYTES, depth_of, onnx_plan_json, plan_onnx
 from edgekit.onnx_runtime import Runner, Sampler, Tokenizer, open_runner
 from edgekit.plan import Plan
 from edgekit.progress import Progress, Silent
+from edgekit.prompt import n_common, prompt_ids, prompt_of
 from edgekit.session import LARGE_HOST, Change
 
 
@@ -130,16 +131,15 @@ class OnnxSession:
                 f"the prompt has {len(ids)} tokens, the context {self.runner.n_ctx}; shorten it, "
                 "or give a larger context"
             )
-        generation = Generation()
-        tokens = self._draw(self._rewind(ids), n, sampling or Sampling(), generation)
+        rest = self._rewind(ids)
+        generation = Generation(timings=Timings(n_held=len(self.runner.tokens)))
+        tokens = self._draw(rest, n, sampling or Sampling(), generation)
         generation.pieces = until_stop(self._text(tokens), stop, generation)
         return generation
 
     def prompt_of(self, messages: Sequence[Message]) -> str | Sequence[Message]:
         """As `edgekit.session.Session.prompt_of`."""
-        if self.has_chat_template:
-            return messages
-        return "\n".join(message["content"] for message in messages)
+        return prompt_of(messages, has_template=self.has_chat_template)
 
     def request(self, budget: int) -> None:
         """Resize before the next token; may be called in a signal handler."""
@@ -211,19 +211,15 @@ class OnnxSession:
             self._runner.decode(tokens)
 
     def _ids(self, prompt: str | Sequence[Message], chat: bool) -> list[int]:
-        is_text = isinstance(prompt, str)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        ids = self.tokenizer.chat(messages, self.runner.model) if chat or not is_text else None
-        if ids is None and not isinstance(prompt, str):
-            raise UsageError("this model has no chat template; give a text instead of messages")
-        return ids if ids is not None else self.tokenizer.encode(str(prompt))
+        tokenizer, model = self.tokenizer, self.runner.model
+        return prompt_ids(
+            prompt, lambda said: tokenizer.chat(said, model), tokenizer.encode, chat=chat
+        )
 
     def _rewind(self, ids: list[int]) -> list[int]:
         """Drop what the context holds beyond its common beginning with ``ids``; give the rest."""
         held = self.runner.tokens
-        pairs = enumerate(zip(held, ids, strict=False))
-        same = next((i for i, (a, b) in pairs if a != b), min(len(held), len(ids)))
-        same = max(0, min(same, len(ids) - 1))  # the last one is computed: its logits are needed
+        same = n_common(held, ids)
         if same < len(held):
             self.runner.truncate(same)
         return ids[same:]

@@ -30,6 +30,7 @@ LAYERS = (
         "encode",
         "float_model",
         "manifest_reader",
+        "prompt",
         "provenance",
         "remote",
         "text",

@@ -189,7 +189,8 @@ def test_a_common_beginning_is_not_computed_again(artifact):
         list(first)
         again = session.generate(PROMPT, 4, GREEDY)
         assert list(again) and again.ids == first.ids
-        assert (first.timings.n_prompt, again.timings.n_prompt) == (len(ids), 1)
+        assert (first.timings.n_prompt, first.timings.n_held) == (len(ids), 0)
+        assert (again.timings.n_prompt, again.timings.n_held) == (1, len(ids) - 1)
 
 
 def test_long_prompts_are_read_in_batches_with_the_same_result(artifact):
