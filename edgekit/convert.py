@@ -43,6 +43,7 @@ from edgekit.routing.summary import summarize
 from edgekit.routing.trace import read_trace, write_trace
 from edgekit.sensitivity import NO_FISHER, Fisher, read_fisher, write_fisher
 from edgekit.spool import Spool, write_atomically
+from edgekit.tokenizer_archive import pack_tokenizer
 from edgekit.workers import ENGINES
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: of the K- and IQ-blocks' layouts
@@ -354,6 +355,8 @@ class _Conversion:
         self.progress.start("write", 1)
         metadata = self.metadata | expert_metadata(facts.experts)
         order = self.options.load_order
+        tokenizer = {"tokenizer": pack_tokenizer(self.checkpoint.folder, staged)}
+        facts = replace(facts, source=facts.source | tokenizer)
         manifest = publish(self.spool, staged, tensors, metadata, facts, order)
         write_manifest(staged, manifest)
         manifest = replace(manifest, memory=measure_memory(staged, self.progress))

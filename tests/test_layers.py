@@ -46,7 +46,7 @@ LAYERS = (
         "probe_model",
         "publish",
     },
-    {"evaluate", "plan"},
+    {"evaluate", "plan", "tokenizer_archive"},
     {"convert_report", "probe", "speed", "torch_runtime"},
     {"onnx_runtime"},
     {"expert_plan"},

@@ -55,7 +55,7 @@ def described(folder: Path) -> tuple[Manifest, OnnxPart]:
     if manifest.onnx is None:
         raise UsageError(
             f"{folder} has nothing for ONNX Runtime; add it with: edgekit export {folder} "
-            "--format onnx --checkpoint FOLDER"
+            "--format onnx"
         )
     return manifest, manifest.onnx
 
