@@ -33,6 +33,7 @@ from edgekit.manifest import NO_FILE, Json, Manifest
 from edgekit.measure import measure
 from edgekit.model_card import write_model_card
 from edgekit.onnx.export import decoder_in, export_onnx, onnx_model, require_onnx
+from edgekit.onnx.feedback import Feedback
 from edgekit.onnx_part import FOLDER
 from edgekit.progress import Progress
 from edgekit.provenance import artifact_name, source_files, statistics_json, tool_versions
@@ -340,8 +341,9 @@ class _Conversion:
         staged.mkdir()
         manifest = self._stage_gguf(staged, tensors, facts) if self.has_gguf else facts
         if self.has_onnx:
+            model = onnx_model(self.checkpoint, self.mapping, imatrix)
             part = export_onnx(
-                onnx_model(self.checkpoint, self.mapping, imatrix),
+                replace(model, feedback=self._feedback()),
                 staged / FOLDER,
                 self.progress,
                 block=self.options.block_size,
@@ -350,6 +352,10 @@ class _Conversion:
             manifest = replace(manifest, onnx=part)
         write_manifest(staged, manifest)
         write_model_card(staged, manifest)
+
+    def _feedback(self) -> Feedback | None:
+        carried, text = self.options.error_feedback, self.options.calibration
+        return Feedback(self.checkpoint, self.mapping, text, carried) if carried else None
 
     def _stage_gguf(self, staged: Path, tensors: list[Encoded], facts: Manifest) -> Manifest:
         self.progress.start("write", 1)

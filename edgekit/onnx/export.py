@@ -16,6 +16,7 @@ from edgekit.exporters.onnx_configs import CONFIG, GENAI, carried_files, config_
 from edgekit.exporters.onnx_decoder import Decoder
 from edgekit.exporters.onnx_store import DEPTHS, weights_at
 from edgekit.imatrix import Imatrix
+from edgekit.onnx.feedback import Feedback
 from edgekit.onnx.slicing import slice_model
 from edgekit.onnx_part import Facts, OnnxPart, graph_name
 from edgekit.progress import Progress
@@ -35,6 +36,7 @@ class OnnxModel:
         config: config.json.
         folder: Where the tokenizer's files are.
         imatrix: Importance of columns; None: all alike.
+        feedback: Carries errors on from column to column; None: without.
     """
 
     tensors: Sequence[Source]
@@ -42,6 +44,7 @@ class OnnxModel:
     config: Mapping[str, Any]
     folder: Path
     imatrix: Imatrix | None = None
+    feedback: Feedback | None = None
 
 
 def decoder_in(checkpoint: Checkpoint, mapping: TensorMapping) -> Decoder:
@@ -93,6 +96,7 @@ def export_onnx(
             folder,
             block=block,
             imatrix=model.imatrix,
+            feedback=model.feedback,
             pool=pool,
             ahead=2 * jobs,
             progress=progress,
