@@ -11,6 +11,7 @@ from edgekit.errors import EdgekitError
 from edgekit.kernels.feedback import CARRIED, inverse_factor
 
 F32Array = npt.NDArray[np.float32]
+HINT = "leave --error-feedback out, or close other programs"
 N_TOKENS = 1 << 15  # to take moments from, as many as the importance matrix has
 
 
@@ -35,9 +36,10 @@ class Feedback:
         Raises:
             EdgekitError: torch or transformers is missing.
             UsageError: The text is too short.
+            DoesNotFitError: The largest layer and its moments do not fit into free memory.
         """
         try:
-            from edgekit.pruning.moments import layer_moments
+            from edgekit.pruning.moments import layer_moments, require_memory
             from edgekit.pruning.texts import batches, tokens
         except ImportError as error:
             raise EdgekitError(
@@ -46,6 +48,7 @@ class Feedback:
             ) from error
         self.carried = CARRIED[carried]
         ids, _, _ = tokens(checkpoint, mapping, text, N_TOKENS)
+        require_memory(mapping, ids, HINT)
         self._layers = layer_moments(checkpoint, mapping, batches(ids, mapping))
         self._index, self._moments = -1, dict[str, list[npt.NDArray[np.float32]]]()
 
