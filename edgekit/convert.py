@@ -32,7 +32,8 @@ from edgekit.imatrix import Imatrix, read_imatrix, write_imatrix
 from edgekit.manifest import NO_FILE, Json, Manifest
 from edgekit.measure import measure
 from edgekit.model_card import write_model_card
-from edgekit.onnx_export import decoder_in, export_onnx, onnx_model, require_onnx
+from edgekit.onnx.export import decoder_in, export_onnx, onnx_model, require_onnx
+from edgekit.onnx.feedback import Feedback
 from edgekit.onnx_part import FOLDER
 from edgekit.progress import Progress
 from edgekit.provenance import artifact_name, source_files, statistics_json, tool_versions
@@ -43,6 +44,7 @@ from edgekit.routing.summary import summarize
 from edgekit.routing.trace import read_trace, write_trace
 from edgekit.sensitivity import NO_FISHER, Fisher, read_fisher, write_fisher
 from edgekit.spool import Spool, write_atomically
+from edgekit.tokenizer_archive import pack_tokenizer
 from edgekit.workers import ENGINES
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: of the K- and IQ-blocks' layouts
@@ -339,8 +341,9 @@ class _Conversion:
         staged.mkdir()
         manifest = self._stage_gguf(staged, tensors, facts) if self.has_gguf else facts
         if self.has_onnx:
+            model = onnx_model(self.checkpoint, self.mapping, imatrix)
             part = export_onnx(
-                onnx_model(self.checkpoint, self.mapping, imatrix),
+                replace(model, feedback=self._feedback()),
                 staged / FOLDER,
                 self.progress,
                 block=self.options.block_size,
@@ -350,10 +353,16 @@ class _Conversion:
         write_manifest(staged, manifest)
         write_model_card(staged, manifest)
 
+    def _feedback(self) -> Feedback | None:
+        carried, text = self.options.error_feedback, self.options.calibration
+        return Feedback(self.checkpoint, self.mapping, text, carried) if carried else None
+
     def _stage_gguf(self, staged: Path, tensors: list[Encoded], facts: Manifest) -> Manifest:
         self.progress.start("write", 1)
         metadata = self.metadata | expert_metadata(facts.experts)
         order = self.options.load_order
+        tokenizer = {"tokenizer": pack_tokenizer(self.checkpoint.folder, staged)}
+        facts = replace(facts, source=facts.source | tokenizer)
         manifest = publish(self.spool, staged, tensors, metadata, facts, order)
         write_manifest(staged, manifest)
         manifest = replace(manifest, memory=measure_memory(staged, self.progress))

@@ -24,6 +24,8 @@ class Options:
         codec: Key of `CODECS`.
         formats: For which runtimes: of `FORMATS`.
         block_size: ONNX: weights that share a scale.
+        error_feedback: ONNX: key of `CARRIED`, the error that is carried on from column to column;
+            ``None`` rounds each weight by itself.
         prune: Share of all parameters to remove first; 0 converts the checkpoint as it is.
         calibration: Text to calibrate on; ``None`` takes the text that edgekit ships.
         imatrix: A statistics file of llama-imatrix or edgekit to use instead of calibrating.
@@ -44,6 +46,7 @@ class Options:
     codec: str = "nested"
     formats: tuple[str, ...] = ("gguf",)
     block_size: int = 64
+    error_feedback: str | None = None
     prune: float = 0.0
     calibration: Path | None = None
     imatrix: Path | None = None
@@ -70,6 +73,11 @@ def check_options(options: Options) -> None:
     if options.column_group and options.codec != "bitstack":
         raise UsageError(f"--column-group is for --codec bitstack, not for {options.codec}")
     check_formats(options.formats, options.block_size)
+    if options.error_feedback and ("onnx" not in options.formats or not options.statistics):
+        raise UsageError(
+            "--error-feedback is for --format onnx and needs a text to calibrate on; leave "
+            "--no-calibration out"
+        )
     if "gguf" not in options.formats:
         return
     lowest = options.tiers[0]

@@ -10,7 +10,7 @@ from edgekit.convert import gguf_metadata, require_free_name
 from edgekit.convert_options import Options, check_options
 from edgekit.convert_report import Report, tier_bytes
 from edgekit.errors import UsageError
-from edgekit.onnx_export import decoder_in
+from edgekit.onnx.export import decoder_in
 from edgekit.planner import resident_bytes
 from edgekit.stack import SOURCE, Level, Part, Stack
 
@@ -31,31 +31,38 @@ def preview(folder: Path, output: Path, options: Options) -> Report:
     require_free_name(output, options)
     mapping = map_checkpoint(checkpoint)
     if "gguf" not in options.formats:
-        return _preview_onnx(checkpoint, mapping, output)
+        size = _onnx_bytes(checkpoint, mapping, options.block_size)
+        source = sum(checkpoint.files.values())
+        return Report(str(output), source, 0, 0, size, {}, len(mapping.tensors), 0.0)
     gguf_metadata(checkpoint, mapping)
     codec = CODECS[options.codec]
     stacks = [_empty_stack(tensor, codec, options.tiers) for tensor in mapping.tensors]
     base = sum(resident_bytes(stack, stack.tiers[0]) for stack in stacks)
     source = sum(checkpoint.files.values())
+    onnx = 0
+    if "onnx" in options.formats:
+        onnx = _onnx_bytes(checkpoint, mapping, options.block_size)
     return Report(
         artifact=str(output),
         source_bytes=source,
         base_bytes=base,
         levels_bytes=int(codec.size_bound(options.tiers) * source) - base,
-        artifact_bytes=int(codec.size_bound(options.tiers) * source),
+        artifact_bytes=int(codec.size_bound(options.tiers) * source) + onnx,
         tiers=tier_bytes(stacks, options.tiers),
         n_tensors=len(stacks),
         seconds=0.0,
     )
 
 
-def _preview_onnx(checkpoint: Checkpoint, mapping: Mapping, output: Path) -> Report:
-    """Of an artifact for ONNX Runtime alone: 8 bits per weight and three scales per block."""
+def _onnx_bytes(checkpoint: Checkpoint, mapping: Mapping, block: int) -> int:
+    """Of the ONNX part, about: a byte per weight and three float16 scales per block.
+
+    Raises:
+        UnsupportedError: ONNX Runtime's operators cannot compute the model.
+    """
     decoder_in(checkpoint, mapping)
     n_weights = sum(t.n_weights for t in mapping.tensors if t.quantizable)
-    source = sum(checkpoint.files.values())
-    size = round(n_weights * (8 + 0.75) / 8)
-    return Report(str(output), source, 0, 0, size, {}, len(mapping.tensors), 0.0)
+    return round(n_weights * (1 + 6 / block))
 
 
 def _empty_stack(tensor: SourceTensor, codec: Codec, tiers: Sequence[str]) -> Stack:

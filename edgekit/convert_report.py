@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from edgekit.catalog import read_manifest
-from edgekit.onnx_export import folder_bytes
+from edgekit.disk import folder_bytes
 from edgekit.planner import tier_at, uniform
 from edgekit.stack import Stack
 

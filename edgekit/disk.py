@@ -59,3 +59,8 @@ def held_alone(folder: Path) -> Iterator[None]:
         raise UsageError(f"another edgekit works in {folder}; wait for it, or end it") from error
     finally:
         os.close(handle)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder and those below."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not os.path.islink(p))

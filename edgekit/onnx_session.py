@@ -15,15 +15,16 @@ from typing import Any
 import psutil
 
 from edgekit.devices.memory import auto_budget, held_bytes
-from edgekit.errors import DoesNotFitError, UsageError
+from edgekit.errors import EdgekitError, TooLongError, UsageError
 from edgekit.llama import Generation, Message, Sampling, Timings
 from edgekit.llama.generation import until_stop
-from edgekit.onnx_artifact import OnnxArtifact, open_onnx
-from edgekit.onnx_cache import model_folder
-from edgekit.onnx_plan import PROCESS_BYTES, depth_of, onnx_plan_json, plan_onnx
+from edgekit.onnx.artifact import OnnxArtifact, open_onnx
+from edgekit.onnx.cache import model_folder
+from edgekit.onnx.plan import PROCESS_BYTES, depth_of, onnx_plan_json, plan_onnx
 from edgekit.onnx_runtime import Runner, Sampler, Tokenizer, open_runner
 from edgekit.plan import Plan
 from edgekit.progress import Progress, Silent
+from edgekit.prompt import n_common, prompt_ids, prompt_of
 from edgekit.session import LARGE_HOST, Change
 
 
@@ -86,10 +87,10 @@ class OnnxSession:
         self.artifact: OnnxArtifact = open_onnx(path, 0, remember=True)
         started = time.monotonic()
         limit = auto_budget().n_bytes if budget is None else budget
-        self.plan: Plan = plan_onnx(self.artifact.part, limit, context, self._held)
+        self.plan: Plan = self._planned(limit)
         self.tokenizer = Tokenizer(self.artifact.files)
         try:
-            self._runner = self._loaded(self.plan)
+            self._load(self.plan)
         except BaseException:
             self.close()
             raise
@@ -123,21 +124,22 @@ class OnnxSession:
         """Continue a text or a conversation; as `edgekit.session.Session.generate`."""
         self.adapt(n)
         ids = self._ids(prompt, chat)
-        room = self.runner.n_ctx
-        if not ids or len(ids) > room or n < 0:
-            raise UsageError(
-                f"a prompt of {len(ids)} tokens and {n} more; the context has {room} positions"
+        if not ids or n < 0:
+            raise UsageError(f"a prompt of {len(ids)} tokens and {n} more is nothing to compute")
+        if len(ids) > self.runner.n_ctx:
+            raise TooLongError(
+                f"the prompt has {len(ids)} tokens, the context {self.runner.n_ctx}; shorten it, "
+                "or give a larger context"
             )
-        generation = Generation()
-        tokens = self._draw(self._rewind(ids), n, sampling or Sampling(), generation)
+        rest = self._rewind(ids)
+        generation = Generation(timings=Timings(n_held=len(self.runner.tokens)))
+        tokens = self._draw(rest, n, sampling or Sampling(), generation)
         generation.pieces = until_stop(self._text(tokens), stop, generation)
         return generation
 
     def prompt_of(self, messages: Sequence[Message]) -> str | Sequence[Message]:
         """As `edgekit.session.Session.prompt_of`."""
-        if self.has_chat_template:
-            return messages
-        return "\n".join(message["content"] for message in messages)
+        return prompt_of(messages, has_template=self.has_chat_template)
 
     def request(self, budget: int) -> None:
         """Resize before the next token; may be called in a signal handler."""
@@ -148,18 +150,20 @@ class OnnxSession:
 
         Raises:
             DoesNotFitError: Nothing fits; the old depth stays.
+            EdgekitError: Loading failed; the old depth is back.
         """
-        plan = plan_onnx(self.artifact.part, budget, self._context, self._held)
+        plan = self._planned(budget)
         if depth_of(plan) == depth_of(self.plan):
             self.plan = replace(self.plan, budget_bytes=budget)
             return self.plan
         before, started = self.plan.total_bytes, time.monotonic()
-        tokens = list(self.runner.tokens)
-        self.runner.close()  # two depths are never resident together
-        self._runner = None
-        self._runner = self._loaded(plan)
-        if tokens:
-            self.runner.decode(tokens)
+        old, tokens = self.runner, list(self.runner.tokens)
+        try:
+            self._load(plan, tokens)
+        except EdgekitError:
+            if self._runner is not old:
+                self._load(self.plan, tokens)
+            raise
         self.plan = plan
         read, seconds = self.artifact.part.depth_bytes(depth_of(plan)), time.monotonic() - started
         self.changes.append(Change("asked", before, plan.total_bytes, read, seconds))
@@ -172,7 +176,7 @@ class OnnxSession:
         budget, self._pending = self._pending, None
         try:
             self.resize(budget)
-        except DoesNotFitError as error:
+        except EdgekitError as error:
             self._settings.progress.note(f"the old depth stays: {error}")
 
     def plan_json(self) -> dict[str, Any]:
@@ -186,31 +190,36 @@ class OnnxSession:
         self._runner = None
         self._folders.close()
 
-    def _loaded(self, plan: Plan) -> Runner:
-        depth = depth_of(plan)
+    def _planned(self, budget: int) -> Plan:
+        part, depths = self.artifact.part, self.artifact.depths
+        return plan_onnx(part, budget, self._context, self._held, depths)
+
+    def _load(self, plan: Plan, tokens: Sequence[int] = ()) -> None:
+        """Load a plan instead of what is loaded: two depths are never resident together."""
+        depth, facts = depth_of(plan), self.artifact.part.facts
         self.artifact.check(depth, remember=True)
+        if self._runner is not None:
+            self._runner.close()
+        self._runner = None
         self._folders.close()
         folder = self._folders.enter_context(model_folder(self.artifact, depth))
         threads = self._settings.n_threads or psutil.cpu_count(logical=False) or 1
-        facts = self.artifact.part.facts
-        return open_runner(
+        self._runner = open_runner(
             folder, facts, plan.context, plan.batch, threads, genai=self._settings.genai
         )
+        if tokens:
+            self._runner.decode(tokens)
 
     def _ids(self, prompt: str | Sequence[Message], chat: bool) -> list[int]:
-        is_text = isinstance(prompt, str)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        ids = self.tokenizer.chat(messages, self.runner.model) if chat or not is_text else None
-        if ids is None and not isinstance(prompt, str):
-            raise UsageError("this model has no chat template; give a text instead of messages")
-        return ids if ids is not None else self.tokenizer.encode(str(prompt))
+        tokenizer, model = self.tokenizer, self.runner.model
+        return prompt_ids(
+            prompt, lambda said: tokenizer.chat(said, model), tokenizer.encode, chat=chat
+        )
 
     def _rewind(self, ids: list[int]) -> list[int]:
         """Drop what the context holds beyond its common beginning with ``ids``; give the rest."""
         held = self.runner.tokens
-        pairs = enumerate(zip(held, ids, strict=False))
-        same = next((i for i, (a, b) in pairs if a != b), min(len(held), len(ids)))
-        same = max(0, min(same, len(ids) - 1))  # the last one is computed: its logits are needed
+        same = n_common(held, ids)
         if same < len(held):
             self.runner.truncate(same)
         return ids[same:]

@@ -20,7 +20,6 @@ from edgekit.errors import (
     EdgekitError,
     MemoryShortError,
     TooLongError,
-    UsageError,
 )
 from edgekit.expert_plan import plan_any
 from edgekit.footprint import PROCESS_BYTES
@@ -38,6 +37,7 @@ from edgekit.llama import (
 from edgekit.manifest import Json
 from edgekit.paging import PagingStats
 from edgekit.plan import Plan, plan_json, with_repacking
+from edgekit.prompt import n_common, prompt_ids, prompt_of
 from edgekit.shortage import shortage_watch
 from edgekit.surrender import surrender
 from edgekit.wish import Wish
@@ -188,9 +188,7 @@ class Session:
 
     def prompt_of(self, messages: Sequence[Message]) -> str | Sequence[Message]:
         """All messages where the model has a chat template, else their texts line by line."""
-        if self.has_chat_template:
-            return messages
-        return "\n".join(message["content"] for message in messages)
+        return prompt_of(messages, has_template=self.has_chat_template)
 
     def request(self, budget: int, told: Told | None = None) -> None:
         """Resize before the next token; may be called in a signal handler or another thread.
@@ -369,12 +367,9 @@ class Session:
         self.changes.append(Change(reason, before, plan.total_bytes, n_bytes, seconds))
 
     def _ids(self, prompt: str | Sequence[Message], chat: bool) -> list[int]:
-        is_text = isinstance(prompt, str)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        ids = chat_prompt(self.model, messages) if chat or not is_text else None
-        if ids is None and not isinstance(prompt, str):
-            raise UsageError("this model has no chat template; give a text instead of messages")
-        return ids if ids is not None else self.model.tokenize(str(prompt))
+        return prompt_ids(
+            prompt, lambda said: chat_prompt(self.model, said), self.model.tokenize, chat=chat
+        )
 
     def _behind(self, text: str) -> list[int]:
         held = self.context.tokens
@@ -383,9 +378,7 @@ class Session:
     def _rewind(self, ids: list[int]) -> list[int]:
         """Drop what the context holds beyond its common beginning with ``ids``; give the rest."""
         held = self.context.tokens
-        pairs = enumerate(zip(held, ids, strict=False))
-        same = next((i for i, (a, b) in pairs if a != b), min(len(held), len(ids)))
-        same = max(0, min(same, len(ids) - 1))  # the last one is computed: its logits are needed
+        same = n_common(held, ids)
         if same == len(held):
             return ids[same:]
         try:

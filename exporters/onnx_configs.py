@@ -22,6 +22,8 @@ CARRIED = (
     "chat_template.jinja",
 )
 CONFIG, GENAI = "config.json", "genai_config.json"
+# Graphs of a model folder: for every runtime, and with a head for the last positions only
+MODEL, MODEL_LAST = "onnx/model.onnx", "onnx/model_last.onnx"
 
 
 def carried_files(checkpoint: Path) -> dict[str, bytes]:
@@ -43,9 +45,9 @@ def carried_files(checkpoint: Path) -> dict[str, bytes]:
     return found
 
 
-def config_json(config: Mapping[str, Any], *, has_data: bool = True) -> bytes:
+def config_json(config: Mapping[str, Any]) -> bytes:
     """The checkpoint's config, with what transformers.js must know of the files."""
-    own = {"dtype": "fp32", "use_external_data_format": has_data}  # fp32: a name without suffix
+    own = {"dtype": "fp32", "use_external_data_format": True}  # fp32: a name without suffix
     return _text({**config, "transformers.js_config": own})
 
 
@@ -99,7 +101,7 @@ def _special_tokens(config: Mapping[str, Any], checkpoint: Path) -> Json:
         value = generation.get(key, config.get(key))
         if value is not None:
             found[key] = value
-    end = found.get("eos_token_id", [0])
+    end = found.get("eos_token_id") or [0]
     first = end[0] if isinstance(end, list) else end
     return {"bos_token_id": first, "pad_token_id": first, "eos_token_id": first} | found
 

@@ -13,7 +13,6 @@ from edgekit.exporters.onnx_graph import FAST
 from edgekit.exporters.onnx_model import build
 
 MAX_GRAPH_BYTES = 1 << 26
-ATTRIBUTES_WITH_GRAPHS = ("g", "graphs")
 
 
 def write_graph(
@@ -51,18 +50,16 @@ def check_graph(data: bytes, name: str, sizes: dict[str, int]) -> None:
         model = onnx.ModelProto.FromString(data)
     except DecodeError as error:
         raise RefusedError(f"{name} is no ONNX graph ({error}); get the artifact again") from error
-    if model.functions or any(node.HasField("g") for n in model.graph.node for node in n.attribute):
+    attributes = [a for node in model.graph.node for a in node.attribute]
+    if model.functions or any(a.HasField("g") or a.graphs for a in attributes):
         raise RefusedError(f"{name} has graphs within its graph; edgekit writes none: refused")
-    for tensor in [*model.graph.initializer, *_attribute_tensors(model)]:
+    sparse = [a for a in attributes if a.HasField("sparse_tensor") or a.sparse_tensors]
+    if model.graph.sparse_initializer or sparse:
+        raise RefusedError(f"{name} has sparse weights; edgekit writes none: refused")
+    tensors = [t for a in attributes for t in (a.t, *a.tensors)]
+    for tensor in (*model.graph.initializer, *tensors):
         if tensor.data_location == TensorProto.EXTERNAL:
             _check_external(tensor, name, sizes)
-    if model.graph.sparse_initializer:
-        raise RefusedError(f"{name} has sparse weights; edgekit writes none: refused")
-
-
-def _attribute_tensors(model: onnx.ModelProto) -> list[TensorProto]:
-    attributes = [a for node in model.graph.node for a in node.attribute]
-    return [t for a in attributes for t in (a.t, *a.tensors)]
 
 
 def _check_external(tensor: TensorProto, name: str, sizes: dict[str, int]) -> None:

@@ -1,6 +1,5 @@
 """Tiny checkpoints as ONNX artifacts, and the same weights in transformers and in plain graphs."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from edgekit.exporters import onnx_model
 from edgekit.exporters.onnx_blocks import unpacked
 from edgekit.exporters.onnx_decoder import STACKED, Decoder
 from edgekit.exporters.onnx_store import DataFile, Planes
-from edgekit.onnx_export import decoder_in
+from edgekit.onnx.export import decoder_in
+from edgekit.onnx.slicing import divided
 from edgekit.progress import Silent
-from edgekit.slicing import divided
 
 # ONNX Runtime's attention wants heads of a multiple of 16
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -168,7 +167,3 @@ def wanted(model: Any, ids: np.ndarray) -> np.ndarray:
 
 def tokens(n: int = N_TOKENS, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, 300, (1, n))
-
-
-def changed(decoder: Decoder, **fields: Any) -> Decoder:
-    return dataclasses.replace(decoder, **fields)

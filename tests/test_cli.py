@@ -33,8 +33,7 @@ def made(tmp_path_factory) -> Path:
     (folder / "checkpoint").rename(folder / "Llama-3.2-1B")
     (folder / "artifact").rename(folder / "llama-edge")
     (folder / "heldout.txt").write_text(TEXT)
-    words = ("--format", "onnx", "--checkpoint", "Llama-3.2-1B")
-    done = run(folder, "export", "llama-edge", *words)
+    done = run(folder, "export", "llama-edge", "--format", "onnx")
     assert done.returncode == 0, done.stderr
     run(folder, "materialize", "llama-edge", "--tier", "source", "-o", "source.gguf")
     run(folder, "materialize", "llama-edge", "--tier", "Q4_K", "-o", "phone.gguf")

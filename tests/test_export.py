@@ -1,7 +1,11 @@
 """One artifact for both runtimes, and the ONNX part added later from the artifact's own weights."""
 
+import hashlib
+import io
 import json
 import shutil
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +13,15 @@ from click.testing import CliRunner
 from converted import tiny, unmeasured
 
 import edgekit
+from edgekit.catalog import read_manifest
 from edgekit.cli import main
 from edgekit.convert import convert
 from edgekit.llama import Sampling
 from edgekit.progress import Silent
+from edgekit.pruning.prune import Options as Pruning
+from edgekit.pruning.prune import prune
+from edgekit.publish import write_manifest
+from edgekit.tokenizer_archive import MAX_BYTES, NAME
 
 TIERS = ("Q4_K", "source")
 FORMATS = {"both": ("gguf", "onnx"), "gguf": ("gguf",), "onnx": ("onnx",)}
@@ -36,23 +45,71 @@ def json_of(*words: str) -> dict:
     return json.loads(result.stdout)
 
 
+def json_of_verify(artifact: Path) -> dict:
+    return json.loads(CliRunner().invoke(main, ["verify", str(artifact), "--json"]).stdout)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_what_is_added_later_is_what_convert_writes(made, tmp_path):
-    """From the artifact's lossless tier, bit for bit; the checkpoint gives config and tokenizer."""
+@pytest.mark.parametrize("has_archive", [True, False])
+def test_what_is_added_later_is_what_convert_writes(made, tmp_path, has_archive):
+    """From the artifact alone, bit for bit; without its archive a folder gives the tokenizer."""
     artifact = Path(shutil.copytree(made / "gguf", tmp_path / "artifact"))
-    bare = Path(shutil.copytree(made / "checkpoint", tmp_path / "checkpoint"))
-    (bare / "model.safetensors").unlink()
-    words = ("export", str(artifact), "--format", "onnx", "--checkpoint", str(bare))
+    words = ["export", str(artifact), "--format", "onnx"]
+    if not has_archive:
+        (artifact / NAME).unlink()
+        assert json_of("verify", str(artifact))["ok"]
+        lacking = CliRunner().invoke(main, words)
+        assert lacking.exit_code == 2 and "--checkpoint FOLDER" in lacking.stderr
+        bare = Path(shutil.copytree(made / "checkpoint", tmp_path / "checkpoint"))
+        (bare / "model.safetensors").unlink()
+        words += ["--checkpoint", str(bare)]
     body = json_of(*words)
     assert body["bytes"] == sum(map(len, files(artifact / "onnx").values()))
     assert files(artifact / "onnx") == files(made / "onnx/onnx") == files(made / "both/onnx")
     assert json_of("verify", str(artifact))["ok"]
-    again = CliRunner().invoke(main, list(words))
+    again = CliRunner().invoke(main, words)
     assert again.exit_code == 2 and "replace it with --force" in again.stderr
     assert json_of(*words, "--force")["depths"] == body["depths"]
+
+
+def hostile(kind: str, whole: bytes) -> bytes:
+    """Archives that must not be unpacked."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        name = {"outside": "../tokenizer.json", "other": "config.json"}.get(kind, "tokenizer.json")
+        archive.writestr(name, b"{}" if kind != "bomb" else bytes(MAX_BYTES + 1))
+        if kind == "twice":
+            with pytest.warns(UserWarning, match="Duplicate"):
+                archive.writestr(name, b"[]")
+    return {"changed": whole[:-1] + b"x", "cut": whole[:99]}.get(kind, out.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["outside", "other", "twice", "bomb", "cut", "changed"])
+def test_a_tokenizer_archive_that_lies_is_refused(made, tmp_path, kind):
+    """Also with the hash that the manifest tells, as its author can make it."""
+    artifact = Path(shutil.copytree(made / "gguf", tmp_path / "artifact"))
+    data = hostile(kind, (artifact / NAME).read_bytes())
+    (artifact / NAME).write_bytes(data)
+    if kind != "changed":
+        manifest = read_manifest(artifact)
+        told = {"file": NAME, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        write_manifest(artifact, replace(manifest, source=manifest.source | {"tokenizer": told}))
+    done = CliRunner().invoke(main, ["export", str(artifact), "--format", "onnx"])
+    assert done.exit_code == 5 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (artifact / "onnx").exists() and not json_of_verify(artifact)["ok"]
+
+
+def test_a_config_of_another_model_in_the_manifest_is_refused(made, tmp_path):
+    artifact = Path(shutil.copytree(made / "gguf", tmp_path / "artifact"))
+    manifest = read_manifest(artifact)
+    config = manifest.source["config"] | {"num_hidden_layers": 5}
+    write_manifest(artifact, replace(manifest, source=manifest.source | {"config": config}))
+    done = CliRunner().invoke(main, ["export", str(artifact), "--format", "onnx"])
+    assert done.exit_code == 5 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert sorted(files(artifact)) == sorted(files(made / "gguf"))
 
 
 def test_another_model_s_config_is_refused(made, tmp_path):
@@ -86,6 +143,38 @@ def test_inspect_and_the_report_tell_of_both(made):
     assert bare["tiers"] == [] and bare["n_parameters"] > 1e5
     card = (made / "both/README.md").read_text()
     assert "For ONNX Runtime" in card and "What a budget buys" in card
+
+
+def test_a_dry_run_tells_the_bytes_of_both_formats(made, tmp_path):
+    found = {}
+    for name, formats in FORMATS.items():
+        words = ("convert", str(made / "checkpoint"), "-o", str(tmp_path / "x"), "--dry-run")
+        body = json_of(*words, "--tiers", ",".join(TIERS), "--format", ",".join(formats),
+                       "--no-calibration", "--block-size", "32")  # fmt: skip
+        found[name] = body["artifact_bytes"]
+    assert found["both"] == found["gguf"] + found["onnx"]
+    weights = sum(row["bytes"] for row in json_of("inspect", str(made / "onnx"))["onnx"]["depths"])
+    assert weights / 3 < found["onnx"] < weights
+
+
+def test_a_pruned_checkpoint_becomes_an_onnx_artifact(made, tmp_path):
+    """File for file what the pruned checkpoint gives when it is converted by itself."""
+    prune(made / "checkpoint", tmp_path / "pruned", Pruning(0.2), Silent())
+    options = unmeasured(TIERS, statistics=False, formats=("onnx",))
+    convert(tmp_path / "pruned", tmp_path / "alone", options, Silent())
+    convert(made / "checkpoint", tmp_path / "a", replace(options, prune=0.2), Silent())
+    assert files(tmp_path / "a/onnx") == files(tmp_path / "alone/onnx")
+    n, whole = (json_of("inspect", str(f))["n_parameters"] for f in (tmp_path / "a", made / "onnx"))
+    assert 0.5 < n / whole < 0.85
+    with edgekit.load(tmp_path / "a", 1 << 33, 64, n_threads=1, runtime="onnx") as session:
+        assert len(list(session.generate("a b", 3, Sampling(temperature=0.0)))) > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "alone", "pruned"}
+
+
+def test_another_device_than_the_cpu_is_refused(made):
+    words = ["eval", str(made / "onnx"), "--runtime", "onnx", "--text", __file__]
+    result = CliRunner().invoke(main, [*words, "--device", "cuda"])
+    assert result.exit_code == 2 and "runs on the CPU here, not on cuda" in result.stderr
 
 
 def test_an_unknown_format_is_a_wrong_use(made, tmp_path):

@@ -11,17 +11,18 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from click.testing import CliRunner
 from models import whole_model
 from onnx_models import float_graph, logits_of, onnx_artifact
 
 import edgekit
 from edgekit.cli import main
-from edgekit.errors import DoesNotFitError, UsageError
+from edgekit.errors import DoesNotFitError, RefusedError, TooLongError, UsageError
 from edgekit.llama import Sampling
-from edgekit.onnx_artifact import open_onnx
-from edgekit.onnx_materialize import materialize_onnx
-from edgekit.onnx_plan import BATCHES, depth_of, open_part, plan_depth, plan_onnx
+from edgekit.onnx.artifact import described, open_onnx
+from edgekit.onnx.materialize import materialize_onnx
+from edgekit.onnx.plan import BATCHES, depth_of, plan_depth, plan_onnx
 from edgekit.onnx_runtime import Tokenizer, has_genai, open_runner
 from edgekit.onnx_runtime.sampler import kept
 from edgekit.onnx_session import OnnxSettings, load_onnx
@@ -53,7 +54,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 def total(artifact: Path, depth: int, context: int = 256) -> int:
     """What a depth needs at least."""
-    return plan_depth(open_part(artifact), depth, context, BATCHES[-1]).total_bytes
+    return plan_depth(described(artifact)[1], depth, context, BATCHES[-1]).total_bytes
 
 
 def greedy_of_graph(graph: Path, ids: list[int], n: int) -> list[int]:
@@ -64,16 +65,36 @@ def greedy_of_graph(graph: Path, ids: list[int], n: int) -> list[int]:
     return ids[-n:]
 
 
-def test_float_tokens_are_those_of_transformers(sample, tmp_path):
+@pytest.fixture(scope="module")
+def of_transformers(sample) -> list[int]:
+    """64 greedy tokens of the checkpoint in transformers."""
+    checkpoint, artifact = sample
+    ids = torch.tensor([Tokenizer(artifact / "onnx").encode(PROMPT)])
+    model = whole_model(checkpoint)
+    found = model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None)
+    return found[0, ids.shape[1] :].tolist()
+
+
+def test_float_tokens_are_those_of_transformers(sample, of_transformers, tmp_path):
     checkpoint, artifact = sample
     ids = Tokenizer(artifact / "onnx").encode(PROMPT)
-    import torch
+    assert greedy_of_graph(float_graph(checkpoint, tmp_path), ids, 64) == of_transformers
 
-    want = whole_model(checkpoint).generate(
-        torch.tensor([ids]), max_new_tokens=64, do_sample=False, eos_token_id=None
-    )
-    got = greedy_of_graph(float_graph(checkpoint, tmp_path), ids, 64)
-    assert got == want[0, len(ids) :].tolist()
+
+@pytest.mark.skipif(not has_genai(), reason="onnxruntime-genai is not installed")
+def test_float_tokens_of_genai_are_those_of_transformers(sample, of_transformers, tmp_path):
+    """A model folder whose graph is the float model: what genai reads is as in ours."""
+    checkpoint, artifact = sample
+    opened, folder = open_onnx(artifact), tmp_path / "model"
+    materialize_onnx(opened, 8, folder)
+    float_graph(checkpoint, folder / "onnx").rename(folder / "onnx/model.onnx")
+    runner = open_runner(folder, opened.part.facts, 128, 128, 1, genai=True)
+    found, ids = list[int](), Tokenizer(folder).encode(PROMPT)
+    for _ in range(64):
+        found.append(int(runner.decode(ids).argmax()))
+        ids = found[-1:]
+    runner.close()
+    assert found == of_transformers
 
 
 @pytest.mark.skipif(not has_genai(), reason="onnxruntime-genai is not installed")
@@ -100,7 +121,7 @@ def test_our_loop_and_genai_give_the_same_tokens(sample, depth, tmp_path):
 
 
 def test_a_budget_decides_the_depth_and_the_plan_says_so(artifact):
-    part = open_part(artifact)
+    _, part = described(artifact)
     totals = {depth: total(artifact, depth) for depth in (2, 4, 8)}
     assert totals[2] < totals[4] < totals[8]
     for depth in (2, 4, 8):
@@ -137,6 +158,31 @@ def test_a_conversation_goes_on_after_a_change_of_depth(artifact):
         assert session.runner.tokens == fresh and depth_of(session.plan) == 2
 
 
+def test_a_depth_that_cannot_be_loaded_leaves_the_old_one(artifact, tmp_path):
+    """Its data file is damaged: refused, and the conversation goes on at the old depth."""
+    copy = Path(shutil.copytree(artifact, tmp_path / "copy"))
+    low = total(copy, 2, 128)
+    with load_onnx(copy, low, 128, OnnxSettings(1, genai=False)) as session:
+        list(session.generate(PROMPT, 3, GREEDY))
+        before = list(session.runner.tokens)
+        data = bytearray((copy / "onnx/depth8.bin").read_bytes())
+        data[5] ^= 1
+        (copy / "onnx/depth8.bin").write_bytes(data)
+        with pytest.raises(RefusedError, match="corrupt"):
+            session.resize(1 << 40)
+        assert depth_of(session.plan) == 2 and session.runner.tokens == before
+        session.request(1 << 40)
+        assert "".join(session.generate(PROMPT, 3, GREEDY)) and session.changes == []
+
+
+def test_a_prompt_longer_than_the_context_is_told_as_llama_cpp_s(artifact):
+    with (
+        load_onnx(artifact, 1 << 40, 8, OnnxSettings(1, genai=False)) as session,
+        pytest.raises(TooLongError, match="the context 8; shorten it"),
+    ):
+        session.generate("def f(x):\n    return x + 1\n" * 12, 1, GREEDY)
+
+
 def test_a_common_beginning_is_not_computed_again(artifact):
     with load_onnx(artifact, 1 << 40, 128, OnnxSettings(1, genai=False)) as session:
         ids = session.tokenizer.encode(PROMPT)
@@ -144,7 +190,8 @@ def test_a_common_beginning_is_not_computed_again(artifact):
         list(first)
         again = session.generate(PROMPT, 4, GREEDY)
         assert list(again) and again.ids == first.ids
-        assert (first.timings.n_prompt, again.timings.n_prompt) == (len(ids), 1)
+        assert (first.timings.n_prompt, first.timings.n_held) == (len(ids), 0)
+        assert (again.timings.n_prompt, again.timings.n_held) == (1, len(ids) - 1)
 
 
 def test_long_prompts_are_read_in_batches_with_the_same_result(artifact):
@@ -154,7 +201,7 @@ def test_long_prompts_are_read_in_batches_with_the_same_result(artifact):
     with load_onnx(artifact, 1 << 40, 256, OnnxSettings(1, genai=False)) as session:
         ids = session.tokenizer.encode(text)
         whole = session.runner.decode(ids)
-        from edgekit.onnx_cache import cached_folder
+        from edgekit.onnx.cache import cached_folder
 
         folder = cached_folder(opened, 8)
     small = open_runner(folder, opened.part.facts, 256, 7, 1, genai=False)
@@ -166,7 +213,7 @@ def test_long_prompts_are_read_in_batches_with_the_same_result(artifact):
 
 
 def test_the_cache_is_used_again_and_a_touched_file_is_not(artifact):
-    from edgekit.onnx_cache import cached_folder
+    from edgekit.onnx.cache import cached_folder
 
     opened = open_onnx(artifact)
     folder = cached_folder(opened, 4)

@@ -13,7 +13,7 @@ from onnx_models import checkpoint_of, onnx_artifact
 from edgekit.catalog import read_manifest
 from edgekit.cli import main
 from edgekit.manifest import self_hash
-from edgekit.onnx_artifact import open_onnx
+from edgekit.onnx.artifact import open_onnx
 from edgekit.publish import write_manifest
 from edgekit.stack import FileRecord
 
@@ -52,7 +52,7 @@ def rewritten(artifact: Path, name: str, data: bytes) -> None:
     (artifact / "onnx" / name).write_bytes(data)
     manifest = read_manifest(artifact)
     record = FileRecord(name, len(data), hashlib.sha256(data).hexdigest())
-    files = tuple(record if r.name == name else r for r in manifest.onnx.files)
+    files = (*(r for r in manifest.onnx.files if r.name != name), record)
     part = dataclasses.replace(manifest.onnx, files=files)
     write_manifest(artifact, dataclasses.replace(manifest, onnx=part))
 
@@ -93,6 +93,35 @@ def test_a_graph_within_a_graph(artifact):
     )
     rewritten(artifact, "model_d2.onnx", model.SerializeToString())
     refused(artifact, "graphs within its graph")
+
+
+def with_attribute(artifact: Path, **attributes: object) -> None:
+    """A node more in the graph of depth 2."""
+    model = onnx.load(artifact / "onnx/model_d2.onnx", load_external_data=False)
+    model.graph.node.append(onnx.helper.make_node("Strange", [], ["y"], **attributes))
+    rewritten(artifact, "model_d2.onnx", model.SerializeToString())
+
+
+def test_graphs_within_a_graph(artifact):
+    with_attribute(artifact, many=[onnx.helper.make_graph([], "inner", [], [])])
+    refused(artifact, "graphs within its graph")
+
+
+def elsewhere() -> onnx.TensorProto:
+    tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[1])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="/etc/passwd")
+    return tensor
+
+
+def test_a_constant_that_lies_elsewhere(artifact):
+    with_attribute(artifact, value=elsewhere())
+    refused(artifact, "no data file of the artifact")
+
+
+def test_sparse_weights(artifact):
+    with_attribute(artifact, value=onnx.SparseTensorProto(values=elsewhere(), dims=[1]))
+    refused(artifact, "sparse weights")
 
 
 def test_a_file_that_is_no_graph(artifact):
@@ -145,6 +174,70 @@ def test_files_of_deeper_depths_may_be_missing(artifact):
     command = ["materialize", str(artifact), "--format", "onnx", "--depth", "4"]
     result = CliRunner().invoke(main, [*command, "-o", str(artifact.parent / "out")])
     assert result.exit_code == 0, result.stderr
+    command = ["run", str(artifact), "-p", "a", "-n", "1", "--budget", "1GiB", "--json"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["plan"]["depth"] == 4
+
+
+VOUCHED = {  # content that a hostile manifest vouches for
+    "a config that is a list": ("config.json", "[]"),
+    "a config that is no JSON": ("config.json", "{"),
+    "another model's config": ("config.json", {"num_hidden_layers": 1}),
+    "a config with more context": ("config.json", {"max_position_embeddings": 4096}),
+    "ends that are no tokens": ("generation_config.json", {"eos_token_id": "</s>"}),
+    "a tokenizer config that is a list": ("tokenizer_config.json", "[]"),
+    "a tokenizer that is none": ("tokenizer.json", "{}"),
+    "a template that is no text": ("chat_template.jinja", b"\xff\xfe"),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), VOUCHED.values(), ids=VOUCHED.keys())
+def test_a_file_whose_content_is_hostile(artifact, name, content):
+    """`verify` finds every byte as the manifest says; `run` refuses."""
+    if isinstance(content, dict):
+        path = artifact / "onnx" / name
+        content = json.dumps((json.loads(path.read_text()) if path.exists() else {}) | content)
+    rewritten(artifact, name, content if isinstance(content, bytes) else content.encode())
+    command = ["run", str(artifact), "-p", "a", "-n", "1", "--budget", "1GiB"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 5, (result.stderr, result.exception)
+    assert result.stderr.count("\n") == 1 and name in result.stderr, result.stderr
+
+
+def test_a_template_that_is_a_link_out(artifact):
+    """Although the manifest tells of no such file."""
+    (artifact.parent / "secret").write_text("secret")
+    (artifact / "onnx/chat_template.jinja").symlink_to(artifact.parent / "secret")
+    command = ["run", str(artifact), "-p", "a", "-n", "1", "--budget", "1GiB"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 5 and "leads out" in result.stderr, result.stderr
+
+
+STRANGE = {
+    "a tensor less": lambda o: o["arrays"].pop(),
+    "a matrix less": lambda o: o["matrices"].pop(1),
+    "a matrix of three dimensions": lambda o: o["matrices"][0].update(
+        shape=[1, *o["matrices"][0]["shape"]]
+    ),
+    "more layers": lambda o: o["facts"].update(n_layers=5),
+    "wider heads": lambda o: o["facts"].update(head=16),
+}
+
+
+@pytest.mark.parametrize("change", STRANGE.values(), ids=STRANGE.keys())
+def test_a_manifest_of_another_model(artifact, change):
+    """Sound in itself, but its tensors and facts are not those of config.json."""
+    with_manifest(artifact, change)
+    for command in (
+        ["run", str(artifact), "-p", "a", "-n", "1", "--budget", "1GiB"],
+        ["materialize", str(artifact), "--format", "onnx", "--depth", "4", "-o",
+         str(artifact.parent / "out")],
+    ):  # fmt: skip
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 5, (command, result.stderr, result.exception)
+        assert result.stderr.count("\n") == 1 and "edgekit.json" in result.stderr
+    assert not (artifact.parent / "out").exists()
 
 
 HOSTILE = {

@@ -80,7 +80,7 @@ def undisturbed(run: Run, folder: Path, command: list[str]) -> Conversion:
     answer = run(folder, *command)
     assert answer["code"] == 0, answer["stderr"]
     made = contents(folder / "edge")
-    assert len(made) == 4
+    assert len(made) == 5
     return Conversion(run, command, made, answer["seconds"], answer["changes"])
 
 

@@ -13,19 +13,22 @@ import subprocess
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
-from onnx_models import float_graph, logits_of, onnx_artifact, opened
+from onnx_models import float_graph, logits_of, onnx_artifact
 
-from edgekit.exporters.onnx_configs import CONFIG
+from edgekit.exporters.onnx_configs import MODEL
 from edgekit.llama import Sampling
-from edgekit.onnx_artifact import open_onnx
-from edgekit.onnx_materialize import MODEL, materialize_onnx
+from edgekit.onnx.artifact import open_onnx
+from edgekit.onnx.cache import cached_folder
+from edgekit.onnx.materialize import materialize_onnx
 from edgekit.onnx_runtime import Tokenizer, open_runner
 from edgekit.onnx_runtime.sampler import Sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 WEB = ROOT / "samples" / "web"
 PROMPT, N = "def read(path):", 64
+SECONDS = 300  # of a program, at most
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -36,7 +39,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-SAME_IN_WASM = {"tiny-llama": 64, "tiny-moe": 1}  # seen: 64 and 23
+FLOAT_EXPERTS = {"ORT_QMOE_CPU_QNBIT_GEMM": "0"}  # as onnxruntime before 1.32 computes 8 bits
 pytestmark = pytest.mark.slow
 
 
@@ -49,7 +52,7 @@ def node() -> str:
     stamp = WEB / "node_modules" / ".package-lock.json"
     if not stamp.is_file() or stamp.stat().st_mtime < (WEB / "package-lock.json").stat().st_mtime:
         words = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-        done = subprocess.run(words, cwd=WEB, capture_output=True, text=True)
+        done = subprocess.run(words, cwd=WEB, capture_output=True, text=True, timeout=SECONDS)
         if done.returncode:
             pytest.skip(f"npm cannot install the sample's packages: {done.stderr[-300:]}")
     return found
@@ -68,51 +71,61 @@ def prompt_ids(folder: Path) -> list[int]:
     return Tokenizer(folder).encode(PROMPT)
 
 
-def tokens_in_python(artifact: Path, folder: Path) -> list[int]:
-    """Greedy tokens in onnxruntime, one by one with the cache."""
-    from edgekit.onnx_cache import cached_folder
-
-    place, facts = cached_folder(open_onnx(artifact), 8), open_onnx(artifact).part.facts
+def tokens_in_python(artifact: Path) -> tuple[list[int], list[np.ndarray]]:
+    """Greedy tokens in onnxruntime, one by one with the cache, and the logits of each."""
+    opened = open_onnx(artifact)
+    place, facts = cached_folder(opened, 8), opened.part.facts
     runner, sampler = open_runner(place, facts, 128, 128, 1, genai=False), Sampler(Sampling(0.0))
-    found, logits = [], runner.decode(prompt_ids(folder))
+    found, rows = [], [runner.decode(prompt_ids(artifact / "onnx"))]
     for _ in range(N):
-        found.append(sampler.draw(logits))
-        logits = runner.decode(found[-1:])
+        found.append(sampler.draw(rows[-1]))
+        rows.append(runner.decode(found[-1:]))
     runner.close()
-    return found
+    return found, rows
+
+
+def margin(got: list[int], want: list[int], rows: list[np.ndarray]) -> float:
+    """How much Python prefers its token at the first difference; 0 where all are equal."""
+    assert len(got) == N
+    triples = zip(got, want, rows, strict=False)
+    return next((float(row[b] - row[a]) for a, b, row in triples if a != b), 0.0)
 
 
 def tokens_on_node(node: str, folder: Path) -> list[int]:
     words = [node, "generate.mjs", str(folder), str(N), *map(str, prompt_ids(folder))]
-    done = subprocess.run(words, cwd=WEB, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        words, cwd=WEB, capture_output=True, text=True, check=True, timeout=SECONDS
+    )
     found: list[int] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def test_node_gives_the_tokens_of_python(node, made):
-    """Up to the first near tie of experts: onnxruntime-node 1.30 rounds activations otherwise."""
-    name, artifact, folder = made
-    got, want = tokens_on_node(node, folder), tokens_in_python(artifact, folder)
-    n = {"tiny-llama": N, "tiny-moe": 23}[name]
-    assert got[:n] == want[:n] and len(got) == N
+def test_node_gives_the_tokens_of_python(node, made, monkeypatch):
+    """All of them where experts' activations stay in float32, as onnxruntime-node 1.30 has them.
+
+    From 1.32 on their products round activations to 8 bits: Python leaves Node's tokens at a near
+    tie of the two likeliest.
+    """
+    _, artifact, folder = made
+    got, (want, rows) = tokens_on_node(node, folder), tokens_in_python(artifact)
+    assert margin(got, want, rows) < 0.02  # seen: 0 for tiny-llama, 0.011 for tiny-moe
+    for key, value in FLOAT_EXPERTS.items():
+        monkeypatch.setenv(key, value)
+    assert tokens_in_python(artifact)[0] == got
 
 
 def test_node_gives_the_float_tokens_of_python(node, made, tmp_path):
     """The model as it is, in float32: onnxruntime's greedy tokens, whole text anew each time."""
     name, _, folder = made
-    checkpoint = ROOT / "samples" / name
     copy = Path(shutil.copytree(folder, tmp_path / "model"))
-    graph = float_graph(checkpoint, tmp_path)
-    (copy / "onnx" / MODEL).write_bytes(graph.read_bytes())
+    graph = float_graph(ROOT / "samples" / name, tmp_path)
+    (copy / MODEL).write_bytes(graph.read_bytes())
     (copy / "onnx" / "model.onnx_data").write_bytes((tmp_path / "float.bin").read_bytes())
-    renamed(copy / "onnx" / MODEL, "model.onnx_data")
-    import numpy as np
-
+    renamed(copy / MODEL, "model.onnx_data")
     ids = prompt_ids(folder)
     for _ in range(N):
         ids.append(int(logits_of(graph, np.array([ids]), len(ids))[0, -1].argmax()))
     assert tokens_on_node(node, copy) == ids[-N:]
-    assert opened(checkpoint) and (copy / CONFIG).is_file()
 
 
 def renamed(graph: Path, data: str) -> None:
@@ -146,18 +159,17 @@ def page(node, made, tmp_path):
     server.server_close()
 
 
-def test_the_page_answers_in_chromium(page, made, tmp_path):
+def test_the_page_answers_in_chromium(page, made, tmp_path, monkeypatch):
     """WebAssembly has kernels of its own, so near ties may fall differently; see docs/onnx.md."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("Chromium is not installed")
     words = [chromium, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}",
              "--virtual-time-budget=300000", "--dump-dom", page]  # fmt: skip
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
     assert 'data-done="yes"' in done.stdout, done.stdout[-2000:]
     got = json.loads(re.search(r'data-tokens="([^"]*)"', done.stdout)[1])
-    name, artifact, folder = made
-    want = tokens_in_python(artifact, folder)
-    same = next((i for i, (a, b) in enumerate(zip(got, want, strict=True)) if a != b), N)
-    assert len(got) == N and same >= SAME_IN_WASM[name], f"the first {same} tokens are those of x86"
+    for key, value in FLOAT_EXPERTS.items():
+        monkeypatch.setenv(key, value)
+    assert margin(got, *tokens_in_python(made[1])) < 0.02  # seen: 0 for both, all tokens equal
     assert PROMPT in done.stdout

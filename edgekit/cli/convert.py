@@ -59,6 +59,12 @@ if TYPE_CHECKING:
     help="ONNX: weights that share a scale.",
 )
 @click.option(
+    "--error-feedback",
+    type=click.Choice(["8", "4", "2", "mean"]),
+    help="ONNX: carry each weight's error at so many bits, or at all depths' mean, on to the next "
+    "columns. Better at that depth, worse at the others.",
+)
+@click.option(
     "--prune",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.0,
@@ -106,6 +112,7 @@ def convert(
     load_order: str,
     formats: str,
     block_size: str,
+    error_feedback: str | None,
     prune: float,
     calibration: Path | None,
     imatrix: Path | None,
@@ -144,6 +151,7 @@ def convert(
         load_order=load_order,
         formats=tuple(formats.replace(" ", "").split(",")),
         block_size=int(block_size),
+        error_feedback=error_feedback,
         prune=prune,
         calibration=calibration,
         imatrix=imatrix,

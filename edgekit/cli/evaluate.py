@@ -67,7 +67,9 @@ def evaluate(
         "context": context,
     }
     if runtime == "onnx":
-        from edgekit.onnx_evaluate import evaluate_onnx
+        if device != "cpu":
+            raise UsageError(f"ONNX Runtime runs on the CPU here, not on {device}; drop --device")
+        from edgekit.onnx.evaluate import evaluate_onnx
 
         found = evaluate_onnx(model, text, **common)
     else:

@@ -16,8 +16,8 @@ from edgekit.sizes import format_size
 @click.option(
     "--checkpoint",
     type=options.FOLDER,
-    required=True,
-    help="The checkpoint's folder: config and tokenizer. Its weights are not read.",
+    help="Folder with the checkpoint's config and tokenizer, for an artifact without "
+    "tokenizer.zip. Its weights are not read.",
 )
 @click.option(
     "--imatrix", type=options.FILE, help="Importance of columns (llama-imatrix or edgekit)."
@@ -38,7 +38,7 @@ from edgekit.sizes import format_size
 def export(
     artifact: Path,
     file_format: str,
-    checkpoint: Path,
+    checkpoint: Path | None,
     imatrix: Path | None,
     block_size: str,
     jobs: int,
@@ -49,9 +49,9 @@ def export(
     """Add what ONNX Runtime needs to ARTIFACT, from the original weights that it holds.
 
     \b
-        edgekit export llama-edge --format onnx --checkpoint ./Llama-3.2-1B
+        edgekit export llama-edge --format onnx
     """
-    from edgekit.export import add_onnx
+    from edgekit.onnx.add import add_onnx
 
     with progress_bars() as progress:
         found = add_onnx(

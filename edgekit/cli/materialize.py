@@ -13,7 +13,7 @@ from edgekit.sizes import format_size
 
 if TYPE_CHECKING:
     from edgekit.materialize import Materialized
-    from edgekit.onnx_materialize import OnnxMaterialized
+    from edgekit.onnx.materialize import OnnxMaterialized
 
 
 @click.command()
@@ -87,8 +87,8 @@ def materialize(
 def _write_onnx(
     artifact: Path, depth: int, output: Path, force: bool, dry_run: bool
 ) -> "OnnxMaterialized":
-    from edgekit.onnx_artifact import open_onnx
-    from edgekit.onnx_materialize import materialize_onnx, preview
+    from edgekit.onnx.artifact import open_onnx
+    from edgekit.onnx.materialize import materialize_onnx, preview
 
     opened = open_onnx(artifact, depth)
     if dry_run:

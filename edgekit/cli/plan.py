@@ -89,9 +89,10 @@ def _runtime_of(artifact: Path) -> str:
 
 
 def _onnx_plan(artifact: Path, budget: int, context: int | None) -> dict[str, Any]:
-    from edgekit.onnx_plan import onnx_plan_json, open_part, plan_onnx
+    from edgekit.onnx.artifact import described
+    from edgekit.onnx.plan import onnx_plan_json, plan_onnx
 
-    part = open_part(artifact)
+    _, part = described(artifact)
     return onnx_plan_json(part, plan_onnx(part, budget, context))
 
 

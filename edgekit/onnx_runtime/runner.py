@@ -1,7 +1,9 @@
 """A conversation in ONNX Runtime: tokens in, logits of the last one out."""
 
 import importlib.util
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.errors import EdgekitError, UsageError
+from edgekit.exporters.onnx_configs import MODEL_LAST
 from edgekit.onnx_part import Facts
 
 F32Array = npt.NDArray[np.float32]
 WARNINGS = 3  # log errors only
-MODEL, MODEL_KEEP = "onnx/model.onnx", "onnx/model_last.onnx"
 
 
 class Runner(Protocol):
@@ -50,7 +52,7 @@ def open_runner(
     """Load a model folder.
 
     Args:
-        folder: As `edgekit.onnx_materialize.write_folder` makes it.
+        folder: As `edgekit.onnx.materialize.write_folder` makes it.
         facts: Of the model.
         n_ctx: Most tokens of the conversation.
         n_batch: Tokens of a prompt computed at once.
@@ -59,7 +61,7 @@ def open_runner(
     """
     if has_genai() if genai is None else genai:
         return GenaiRunner(folder, n_ctx, n_batch, n_threads)
-    return OrtRunner(folder / MODEL_KEEP, facts, n_ctx, n_batch, n_threads)
+    return OrtRunner(folder / MODEL_LAST, facts, n_ctx, n_batch, n_threads)
 
 
 def runtime() -> Any:
@@ -87,9 +89,10 @@ class OrtRunner:
         options.intra_op_num_threads, options.inter_op_num_threads = n_threads, 1
         options.log_severity_level = WARNINGS
         options.enable_cpu_mem_arena = False  # prompts of changing length fragment an arena
-        self._session: Any = ort.InferenceSession(
-            str(graph), options, providers=["CPUExecutionProvider"]
-        )
+        with _loading(graph):
+            self._session: Any = ort.InferenceSession(
+                str(graph), options, providers=["CPUExecutionProvider"]
+            )
         self.tokens, self.n_ctx, self.n_batch, self.model = list[int](), n_ctx, n_batch, None
         shape = (1, facts.n_kv_heads, n_ctx, facts.head)
         self._binding: Any = self._session.io_binding()
@@ -142,10 +145,11 @@ class GenaiRunner:
         """Load ``folder``, which has a genai_config.json."""
         import onnxruntime_genai as genai
 
-        config = genai.Config(str(folder))
         options = {"intra_op_num_threads": n_threads, "log_severity_level": WARNINGS}
-        config.overlay(_json({"model": {"decoder": {"session_options": options}}}))
-        self.model: Any = genai.Model(config)
+        with _loading(folder):
+            config = genai.Config(str(folder))
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+            self.model: Any = genai.Model(config)
         self.tokens, self.n_ctx, self.n_batch = list[int](), n_ctx, n_batch
         params = genai.GeneratorParams(self.model)
         params.set_search_options(max_length=n_ctx, past_present_share_buffer=True)
@@ -171,10 +175,13 @@ class GenaiRunner:
         self._generator = self.model = None
 
 
-def _json(body: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(body)
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """What the runtimes raise, kinds of their own, as one line."""
+    try:
+        yield
+    except Exception as error:
+        raise EdgekitError(f"ONNX Runtime cannot load {path}: {error}") from error
 
 
 def _check_room(runner: Runner, ids: Sequence[int]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from edgekit.checkpoint import contained, read_json
 from edgekit.errors import EdgekitError, RefusedError, UsageError
 from edgekit.llama import Message
 
@@ -36,8 +37,8 @@ class Tokenizer:
             raise EdgekitError(
                 f"ONNX Runtime needs the package {error.name}; pip install 'edgekit[onnx]'"
             ) from error
-        path = folder / TOKENIZER
-        if not path.is_file():
+        path = contained(folder, TOKENIZER)
+        if path is None:
             raise RefusedError(
                 f"{folder} has no {TOKENIZER}; this runtime reads no other tokenizer"
             )
@@ -88,23 +89,30 @@ class Tokenizer:
 
 
 def _ends(folder: Path) -> frozenset[int]:
-    found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        value = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
-        found |= set(value if isinstance(value, list) else [] if value is None else [value])
+        value = _json(folder, name).get("eos_token_id")
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int for token in found):
+            raise RefusedError(f"{folder}/{name}: eos_token_id is {value!r:.40}, which is no token")
         if found:
-            break
-    return frozenset(int(token) for token in found)
+            return frozenset(found)
+    return frozenset()
 
 
 def _template(folder: Path) -> str | None:
-    path = folder / TEMPLATE
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    path = folder / TOKENIZER_CONFIG
-    value = json.loads(path.read_bytes()).get("chat_template") if path.is_file() else None
+    path = contained(folder, TEMPLATE)
+    if path is not None:
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RefusedError(f"{path} is no UTF-8 text: {error}") from error
+    value = _json(folder, TOKENIZER_CONFIG).get("chat_template")
     if isinstance(value, list):
         named = {row.get("name"): row.get("template") for row in value if isinstance(row, dict)}
         value = named.get("default")
     return value if isinstance(value, str) else None
+
+
+def _json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object of the folder; empty where there is no such file."""
+    return read_json(folder, name) if contained(folder, name) is not None else {}

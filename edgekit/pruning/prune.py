@@ -17,10 +17,8 @@ import numpy as np
 from edgekit import __version__
 from edgekit.arch import Mapping, map_checkpoint
 from edgekit.checkpoint import Checkpoint
-from edgekit.devices.memory import free_memory
 from edgekit.disk import disk_full_reported, require_free
-from edgekit.errors import DoesNotFitError, UsageError
-from edgekit.float_model import check_memory
+from edgekit.errors import UsageError
 from edgekit.kernels.ggml import ggml_type
 from edgekit.progress import Progress, Silent
 from edgekit.provenance import source_files
@@ -37,6 +35,7 @@ from edgekit.pruning.cut import (
 )
 from edgekit.pruning.layers import Ids, Layers
 from edgekit.pruning.metrics import get_metric
+from edgekit.pruning.moments import require_memory
 from edgekit.pruning.output import layer_entries, outer_entries, shard_name, write_rest, write_shard
 from edgekit.pruning.repair import repair
 from edgekit.pruning.search import Probe
@@ -45,7 +44,6 @@ from edgekit.pruning.taylor import Effects, effects
 from edgekit.pruning.texts import batches, tokens
 from edgekit.pruning.walk import State, Walk
 from edgekit.publish import move_into_place
-from edgekit.sizes import format_size
 from edgekit.spool import Spool, write_atomically
 
 Json = dict[str, Any]
@@ -203,7 +201,7 @@ class _Pruning:
             self.progress.note(note)
         text, n_tokens = self.options.calibration, self.options.tokens
         fit, probe, held = tokens(self.checkpoint, self.mapping, text, n_tokens)
-        _require_memory(self.mapping, fit)
+        require_memory(self.mapping, fit, HINT)
         n_bytes = sum(self.checkpoint.files.values())
         require_free(self.output.parent, n_bytes, f"pruning {self.checkpoint.folder}")
         first_command = self.spool.open(self._job(), command, self.options.resume)
@@ -323,22 +321,3 @@ class _Pruning:
             "name": self.checkpoint.folder.resolve().name,
             "files": source_files(self.checkpoint),
         }
-
-
-def _require_memory(mapping: Mapping, ids: Ids) -> None:
-    """Compare the largest layer, its moments and the streams with what is free.
-
-    Raises:
-        DoesNotFitError: More is needed than is free.
-    """
-    check_memory(mapping, ids.shape[1], with_head=False, hint=HINT)
-    width = max(t.shape[-1] for t in mapping.tensors if "ffn_down" in t.name)
-    experts = max(mapping.hyper.n_experts, 1)
-    moments = 4 * 8 * width**2 + 8 * experts * width**2  # a few in float64, two float32 sums each
-    streams = 6 * 4 * ids.size * mapping.hyper.sizes["embd"]
-    free = free_memory()
-    if moments + streams > free.n_bytes:
-        raise DoesNotFitError(
-            f"pruning needs {format_size(moments + streams)} for moments of {width} features and "
-            f"{ids.size} tokens, {format_size(free.n_bytes)} are free ({free.source}); {HINT}"
-        )

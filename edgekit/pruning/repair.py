@@ -14,7 +14,6 @@ a linear map of them can give nothing back. What an adapter repairs is the tier 
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,8 @@ from edgekit.exporters.gguf_values import Value, f32, string
 from edgekit.imatrix import Imatrix
 from edgekit.kernels.ggml import dequantize, ggml_type, quantize, type_for
 from edgekit.progress import Progress, Silent
-from edgekit.pruning.layers import Layers
-from edgekit.pruning.stages import Moments
+from edgekit.pruning.moments import layer_moments
 from edgekit.pruning.texts import batches, tokens
-from edgekit.pruning.weights import read_layer
 
 Tensor = Any
 F32Array = npt.NDArray[np.float32]
@@ -108,7 +105,7 @@ def repair(
     fit, _, _ = tokens(checkpoint, mapping, text, n_tokens)
     progress.start("repair", mapping.hyper.n_layers)
     factors: dict[str, F32Array] = {}
-    for index, grams in _moments(checkpoint, mapping, batches(fit, mapping)):
+    for index, grams in layer_moments(checkpoint, mapping, batches(fit, mapping)):
         for name, gram in grams.items():
             tensor = next(t for t in mapping.tensors if t.name == name)
             factors |= _factors(tensor, gram, imatrix, tier, rank)
@@ -147,30 +144,6 @@ def write_adapter(path: Path, mapping: Mapping, factors: dict[str, F32Array], ra
         os.fsync(file.fileno())
     partial.replace(path)
     return n_bytes
-
-
-def _moments(
-    checkpoint: Checkpoint, mapping: Mapping, parts: list[Any]
-) -> Iterator[tuple[int, dict[str, list[Tensor]]]]:
-    """Layer by layer: GGUF name -> second moment of the inputs, one per expert."""
-    layers = Layers(mapping, checkpoint.config)
-    streams = [layers.start(checkpoint, ids) for ids in parts]
-    for index in range(mapping.hyper.n_layers):
-        weights, seen = read_layer(mapping, index), dict[str, list[Moments]]()
-        for batch, hidden in enumerate(streams):
-            flow = layers.run(index, weights, hidden, wants=True)
-            for suffix, inputs in flow.inputs.items():
-                each = inputs if isinstance(inputs, list) else [inputs]
-                sums = seen.setdefault(suffix, [Moments(x.shape[-1], 0) for x in each])
-                for moments, x in zip(sums, each, strict=True):
-                    moments.add(batch, x)
-            streams[batch] = flow.out
-        names = {f"blk.{index}.{suffix}": sums for suffix, sums in seen.items()}
-        quantizable = {t.name for t in mapping.tensors if t.quantizable}
-        yield (
-            index,
-            {n: [m.gram.sum(0) for m in sums] for n, sums in names.items() if n in quantizable},
-        )
 
 
 def _factors(

@@ -42,9 +42,9 @@ async function answer(tokenizer, model) {
   const start = performance.now();
   await model.generate({ ...inputs, max_new_tokens: nTokens, do_sample: false, streamer });
   const seconds = (performance.now() - start) / 1000;
-  const speed = seconds > 0.01 ? `, ${(nTokens / seconds).toFixed(1)} per second` : "";
-  status.textContent = `${nTokens} tokens${speed}`;
-  document.body.dataset.tokens = JSON.stringify(ids.slice(-nTokens));
+  const speed = seconds > 0.01 ? `, ${(ids.length / seconds).toFixed(1)} per second` : "";
+  status.textContent = `${ids.length} tokens${speed}`;
+  document.body.dataset.tokens = JSON.stringify(ids);
   document.body.dataset.done = "yes";
   go.disabled = false;
 }

@@ -1,4 +1,4 @@
-"""What nested codes cost in quality: joint choice, plain slices, codes for one depth, GGUF tiers.
+"""What nested codes cost: joint choice, plain slices, one depth alone, error feedback, GGUF tiers.
 
 All with one importance matrix, KL divergence to the checkpoint in float32 on held-out text, as the
 artifacts ship (ONNX: activations in 8 bits). Plain slices ignore importance, as rounding does.
@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from edgekit import slicing
 from edgekit.artifact import open_artifact
 from edgekit.assembly import Assembly
 from edgekit.calibration import calibrate
@@ -27,9 +26,11 @@ from edgekit.convert_options import Options
 from edgekit.evaluate import Reference, compare, evaluate
 from edgekit.imatrix import write_imatrix
 from edgekit.kernels import slices
-from edgekit.onnx_artifact import open_onnx
-from edgekit.onnx_cache import model_folder
-from edgekit.onnx_evaluate import logits_of
+from edgekit.kernels.feedback import CARRIED
+from edgekit.onnx import slicing
+from edgekit.onnx.artifact import open_onnx
+from edgekit.onnx.cache import model_folder
+from edgekit.onnx.evaluate import logits_of
 from edgekit.plan import plan_tier
 from edgekit.progress import Silent
 from edgekit.samples import heldout_text
@@ -73,9 +74,15 @@ def encoding(encode: Encode, lowest: int) -> Iterator[None]:
 
 
 def onnx_rows(
-    checkpoint: Path, folder: Path, imatrix: Path, reference: Reference, name: str, depths: Any
+    checkpoint: Path,
+    folder: Path,
+    imatrix: Path,
+    reference: Reference,
+    name: str,
+    depths: Any,
+    carried: str | None = None,
 ) -> Iterator[dict[str, Any]]:
-    options = Options(formats=("onnx",), imatrix=imatrix, measure=False)
+    options = Options(formats=("onnx",), imatrix=imatrix, measure=False, error_feedback=carried)
     convert(checkpoint, folder, options, Silent())
     artifact = open_onnx(folder)
     for depth in depths:
@@ -123,6 +130,9 @@ def measure(name: str) -> list[dict[str, Any]]:
                     rows += onnx_rows(
                         checkpoint, folder / f"onnx{at}", imatrix, reference, label, depths
                     )
+            for carried in CARRIED:
+                label, place = f"feedback {carried}", folder / f"feedback-{carried}"
+                rows += onnx_rows(checkpoint, place, imatrix, reference, label, (8, 4, 2), carried)
             rows += gguf_rows(checkpoint, folder / "gguf", imatrix, reference)
     for each in rows:
         print(f"{name:12} {each['codes']:14} {each['depth']:8} {each['bytes']:>9} "

@@ -19,9 +19,9 @@ from typing import Any
 
 from artifacts import sample_artifact
 
-from edgekit.onnx_artifact import open_onnx
-from edgekit.onnx_cache import cached_folder
-from edgekit.onnx_plan import plan_depth
+from edgekit.onnx.artifact import open_onnx
+from edgekit.onnx.cache import cached_folder
+from edgekit.onnx.plan import plan_depth
 from edgekit.onnx_runtime import open_runner
 
 DEPTHS, CONTEXT, BATCH, THREADS = (2, 4, 8), 2048, 128, 2

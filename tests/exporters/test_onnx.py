@@ -14,18 +14,20 @@ from onnx_models import (
     transformers_at,
     wanted,
 )
+from safetensors.torch import load_file, save_file
 
 from edgekit.arch import ARCHS
 from edgekit.catalog import read_manifest
-from edgekit.errors import UnsupportedError
+from edgekit.errors import RefusedError, UnsupportedError
 from edgekit.exporters import onnx_model
 from edgekit.exporters.onnx_blocks import composed, packed, planes_of, unpacked
 from edgekit.exporters.onnx_store import weights_at
-from edgekit.onnx_artifact import open_onnx
-from edgekit.onnx_materialize import materialize_onnx, whole_codes
+from edgekit.onnx.artifact import open_onnx
+from edgekit.onnx.materialize import materialize_onnx, whole_codes
 
 DEPTHS = (8, 4, 2)
 LONG = [2.0 + i / 8 for i in range(16)]
+N_ALL = 24  # LongRoPE changes its factors with the length: keys before the change keep the old ones
 EXACT = 1e-3  # of logits at accuracy_level 0; they are of unit order
 # At accuracy_level 4, which ships, activations are in 8 bits. Measured, times about 1.5; a router
 # may choose another expert on a near tie, which is why some models with experts have more.
@@ -132,9 +134,6 @@ def test_variants_of_an_architecture(model_type, options, tmp_path):
     assert np.abs(got - wanted(whole_model(checkpoint), ids)).max() <= 1e-4
 
 
-N_ALL = 24  # LongRoPE changes its factors with the length: keys before the change keep the old ones
-
-
 def test_rows_that_are_no_whole_blocks(tmp_path):
     checkpoint = checkpoint_of("llama", tmp_path / "c", hidden_size=160, intermediate_size=176,
                                num_attention_heads=5, num_key_value_heads=5)  # fmt: skip
@@ -162,6 +161,17 @@ def test_other_blocks(block, tmp_path):
 def test_heads_that_the_operator_does_not_take_are_refused(tmp_path):
     checkpoint = checkpoint_of("qwen3", tmp_path / "c", head_dim=24)
     with pytest.raises(UnsupportedError, match="heads are 24 wide"):
+        onnx_artifact(checkpoint, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_weight_that_is_no_number_is_refused(name, tmp_path):
+    checkpoint = checkpoint_of("llama", tmp_path / "c")
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors[name].flatten()[-1] = float("nan")
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RefusedError, match=r"tensor .* has NaN or infinite weights in row"):
         onnx_artifact(checkpoint, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

@@ -6,7 +6,6 @@ rows are looked up stay in the mapped file.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from edgekit.errors import DoesNotFitError, UsageError
 from edgekit.exporters.onnx_decoder import EMBEDDING, HEAD
@@ -30,7 +29,11 @@ COMPUTE_SHARE = 1 / 16  # of a budget; a larger batch reads prompts faster
 
 
 def plan_onnx(
-    part: OnnxPart, budget: int, context: int | None = None, held: int | None = None
+    part: OnnxPart,
+    budget: int,
+    context: int | None = None,
+    held: int | None = None,
+    depths: Sequence[int] = DEPTHS,
 ) -> Plan:
     """The best depth that a process of ``budget`` bytes can hold.
 
@@ -39,13 +42,14 @@ def plan_onnx(
         budget: For the whole process.
         context: Tokens; ``None`` takes `DEFAULT_CONTEXT` or the model's own.
         held: Bytes the process holds already; ``None`` takes what one usually does.
+        depths: To choose from, lowest first.
 
     Raises:
         DoesNotFitError: Even the lowest depth is too large; the message says what would fit.
         UsageError: More context is asked for than the model has.
     """
     n_ctx = context_of(part, context)
-    for depth in reversed(DEPTHS):
+    for depth in reversed(depths):
         for batch in BATCHES:
             plan = plan_depth(part, depth, n_ctx, batch, held, budget)
             is_small = plan.memory.compute_bytes <= COMPUTE_SHARE * budget or batch == BATCHES[-1]
@@ -181,20 +185,3 @@ def onnx_plan_json(part: OnnxPart, plan: Plan) -> Json:
         "expected_kl": plan.expected_kl,
         "tensors": tensors,
     }
-
-
-def open_part(folder: Path) -> OnnxPart:
-    """What an artifact holds for ONNX Runtime, by its manifest alone.
-
-    Raises:
-        UsageError: There is no artifact, or nothing for ONNX Runtime in it.
-    """
-    from edgekit.catalog import read_manifest
-
-    part = read_manifest(folder).onnx
-    if part is None:
-        raise UsageError(
-            f"{folder} has nothing for ONNX Runtime; add it with: edgekit export {folder} "
-            "--format onnx"
-        )
-    return part

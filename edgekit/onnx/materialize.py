@@ -15,17 +15,24 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.disk import disk_full_reported, require_free
-from edgekit.errors import UsageError
+from edgekit.disk import disk_full_reported, folder_bytes, require_free
+from edgekit.errors import RefusedError, UsageError
 from edgekit.exporters.onnx_blocks import composed
-from edgekit.exporters.onnx_configs import CONFIG, GENAI, carried_files, config_json, genai_json
+from edgekit.exporters.onnx_configs import (
+    CONFIG,
+    GENAI,
+    MODEL,
+    MODEL_LAST,
+    carried_files,
+    config_json,
+    genai_json,
+)
 from edgekit.exporters.onnx_decoder import Array, Decoder, Quantized, Term
 from edgekit.exporters.onnx_store import DataFile, Planes
-from edgekit.onnx_artifact import OnnxArtifact
-from edgekit.onnx_export import folder_bytes
+from edgekit.onnx.artifact import OnnxArtifact
 from edgekit.publish import move_into_place
 
-MODEL, MODEL_KEEP, DATA = "model.onnx", "model_last.onnx", "model.onnx_data"
+DATA = f"{MODEL}_data"
 CHUNK_BYTES = 1 << 22  # of a plane in memory at a time
 NEWEST = [1, 32]  # of onnxruntime: the experts' accuracy_level
 OVERHEAD_BYTES = 1 << 20  # graphs and small files, at most
@@ -92,16 +99,18 @@ def write_folder(
         artifact: Checked for this depth.
         depth: Of all matrices; some have a higher one.
         folder: A new one.
-        for_here: Write graphs for the onnxruntime that is installed here, `MODEL_KEEP` as well,
+        for_here: Write graphs for the onnxruntime that is installed here, `MODEL_LAST` as well,
             whose head runs for the last positions only.
+
+    Raises:
+        RefusedError: The manifest lacks a tensor of the model, or has it in another form.
     """
     from edgekit.exporters.onnx_files import write_graph
 
     decoder = artifact.decoder()
-    inner = folder / "onnx"
-    inner.mkdir(parents=True)
+    (folder / MODEL).parent.mkdir(parents=True)
     weights: dict[str, Array | Quantized] = {}
-    with DataFile(inner / DATA) as file:
+    with DataFile(folder / DATA) as file:
         for name, item in artifact.part.store.items():
             if isinstance(item, Planes):
                 weights[name] = _written_matrix(artifact, item, depth, file)
@@ -109,9 +118,15 @@ def write_folder(
                 values = artifact.read(item.place).view(np.float32)
                 weights[name] = file.write(values.reshape(item.shape))
     is_portable = not (for_here and is_newest())
-    write_graph(inner / MODEL, decoder, weights, is_portable=is_portable)
-    if for_here:
-        write_graph(inner / MODEL_KEEP, decoder, weights, is_portable=is_portable, has_keep=True)
+    for name in (MODEL, MODEL_LAST) if for_here else (MODEL,):
+        path, has_keep = folder / name, name == MODEL_LAST
+        try:
+            write_graph(path, decoder, weights, is_portable=is_portable, has_keep=has_keep)
+        except (KeyError, ValueError, AssertionError) as error:
+            raise RefusedError(
+                f"{artifact.folder}/edgekit.json: its tensors are not those of the model that "
+                f"config.json describes ({error!r:.80}); get the artifact again"
+            ) from error
     for name, data in _small_files(artifact, decoder).items():
         (folder / name).write_bytes(data)
 
@@ -129,7 +144,7 @@ def _small_files(artifact: OnnxArtifact, decoder: Decoder) -> dict[str, bytes]:
     config = artifact.config()
     return {
         CONFIG: config_json(config),
-        GENAI: genai_json(decoder, config, artifact.files, f"onnx/{MODEL}"),
+        GENAI: genai_json(decoder, config, artifact.files, MODEL),
         **carried_files(artifact.files),
     }
 
@@ -151,14 +166,12 @@ def _written_matrix(artifact: OnnxArtifact, item: Planes, depth: int, file: Data
 def whole_codes(read: Callable[..., U8Array], item: Planes, depth: int) -> Iterator[U8Array]:
     """The codes of a matrix at a depth, composed of its planes, some bytes at a time."""
     first, *rest = item.at(depth).terms
-    planes = [read(term.codes.place) for term in (first, *rest)]
-    n_chunks = max(1, -(-len(planes[0]) // CHUNK_BYTES))
-    cut = [np.linspace(0, len(planes[0]), n_chunks + 1).astype(np.int64)]
-    for i in range(n_chunks):
-        low, high = int(cut[0][i]), int(cut[0][i + 1])
-        codes, bits, scale = planes[0][low:high], first.bits, 1
-        for plane, term in zip(planes[1:], rest, strict=True):
+    lowest, *above = (read(term.codes.place) for term in (first, *rest))
+    for low in range(0, len(lowest), CHUNK_BYTES):
+        high = min(low + CHUNK_BYTES, len(lowest))
+        codes, bits, wider = lowest[low:high], first.bits, 1
+        for plane, term in zip(above, rest, strict=True):
             assert term.bits == bits, "planes of a code double its bits"
-            codes = composed(codes, plane[low * scale : high * scale], bits)
-            bits, scale = 2 * bits, 2 * scale
+            codes = composed(codes, plane[low * wider : high * wider], bits)
+            bits, wider = 2 * bits, 2 * wider
         yield codes

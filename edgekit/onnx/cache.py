@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgekit.cache import cache_folder, identity, limit_bytes
-from edgekit.disk import require_free
+from edgekit.disk import folder_bytes, require_free
 from edgekit.errors import DiskFullError
-from edgekit.onnx_artifact import OnnxArtifact
-from edgekit.onnx_export import folder_bytes
-from edgekit.onnx_materialize import whole_bytes, write_folder
+from edgekit.onnx.artifact import OnnxArtifact
+from edgekit.onnx.materialize import whole_bytes, write_folder
 
 STAMP = "stamp.json"
 
@@ -40,7 +39,7 @@ def cached_folder(artifact: OnnxArtifact, depth: int) -> Path | None:
         (partial / STAMP).write_text(json.dumps(_identities(partial)), encoding="utf-8")
         partial.rename(place)
     except (OSError, DiskFullError):
-        return None
+        return place if _is_sound(place) else None  # perhaps another process was faster
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return place

@@ -1,10 +1,12 @@
 """``edgekit export``: add what ONNX Runtime needs to an artifact that was made for llama.cpp."""
 
+import json
 import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any
 
@@ -17,26 +19,28 @@ from edgekit.arch.decoder import decoder_of
 from edgekit.artifact import Artifact, open_artifact
 from edgekit.assembly import Assembly
 from edgekit.checkpoint import contained, read_json
-from edgekit.disk import disk_full_reported, require_free
+from edgekit.disk import disk_full_reported, folder_bytes, require_free
 from edgekit.errors import RefusedError, UsageError
 from edgekit.exporters.gguf import tensor_offsets
+from edgekit.exporters.onnx_configs import CONFIG
 from edgekit.imatrix import read_imatrix
 from edgekit.kernels.ggml import row_bytes
 from edgekit.model_card import write_model_card
-from edgekit.onnx_export import OnnxModel, export_onnx, folder_bytes, require_onnx
+from edgekit.onnx.export import OnnxModel, export_onnx, require_onnx
 from edgekit.onnx_part import FOLDER
 from edgekit.planner import uniform
 from edgekit.progress import Progress
 from edgekit.provenance import file_hash
 from edgekit.publish import move_into_place, write_manifest
 from edgekit.stack import SOURCE, Stack
+from edgekit.tokenizer_archive import read_tokenizer
 
 Json = dict[str, Any]
 
 
 def add_onnx(
     folder: Path,
-    checkpoint: Path,
+    checkpoint: Path | None,
     progress: Progress,
     *,
     imatrix: Path | None,
@@ -48,7 +52,8 @@ def add_onnx(
 
     Args:
         folder: Of an artifact whose tiers end with ``source``.
-        checkpoint: Folder with config.json and the tokenizer's files of the model.
+        checkpoint: Folder with config.json and the tokenizer's files of the model; None: those that
+            the artifact holds.
         progress: Told how far it is.
         imatrix: Importance of columns; None: all alike.
         block: Weights that share a scale.
@@ -56,8 +61,10 @@ def add_onnx(
         force: Replace an ONNX part that is there.
 
     Raises:
-        UsageError: There is an ONNX part already, or the original weights are not all here.
-        RefusedError: The checkpoint's config is not the one that was converted.
+        UsageError: There is an ONNX part already, or the original weights, the config or the
+            tokenizer are not all here.
+        RefusedError: The checkpoint's config is not the one that was converted, or the artifact's
+            is that of another model.
     """
     require_onnx()
     started = time.monotonic()
@@ -69,13 +76,24 @@ def add_onnx(
         _require_source(artifact)
         highest = uniform(artifact.stacks, lambda tensor: tensor.tiers[-1])
         assembly = stack.enter_context(Assembly(artifact, highest, jobs))
-        model = _model(artifact, assembly, checkpoint, imatrix)
+        if checkpoint is None:
+            place = Path(stack.enter_context(TemporaryDirectory(prefix="edgekit-tokenizer-")))
+            _unpack(artifact, place)
+        else:
+            place = checkpoint
+            _check_same(artifact, place)
+        model = _model(artifact, assembly, place, imatrix)
         require_free(folder, round(artifact.manifest.n_parameters * 1.15), f"writing {final}")
         shutil.rmtree(staged, ignore_errors=True)
         try:
             with disk_full_reported(f"writing {final}", "make room and repeat"):
                 part = export_onnx(model, staged, progress, block=block, jobs=jobs)
             move_into_place(staged, final)
+        except (KeyError, ValueError, AssertionError) as error:
+            raise RefusedError(
+                f"{folder}: its tensors are not those of the model that its config describes "
+                f"({error!r:.80}); get the artifact again"
+            ) from error
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         manifest = replace(artifact.manifest, onnx=part)
@@ -101,12 +119,23 @@ def _require_source(artifact: Artifact) -> None:
         )
 
 
+def _unpack(artifact: Artifact, place: Path) -> None:
+    """Write config and tokenizer files that the artifact holds into ``place``."""
+    source = artifact.manifest.source
+    if "config" not in source:
+        raise UsageError(
+            f"{artifact.folder} does not hold the model's config; give --checkpoint FOLDER"
+        )
+    files = read_tokenizer(artifact.folder, source)
+    for name, data in (files | {CONFIG: json.dumps(source["config"]).encode()}).items():
+        (place / name).write_bytes(data)
+
+
 def _model(
     artifact: Artifact, assembly: Assembly, checkpoint: Path, imatrix: Path | None
 ) -> OnnxModel:
-    _check_same(artifact, checkpoint)
-    config = read_json(checkpoint, "config.json")
-    arch, name = find_arch(config), f"{checkpoint}/config.json"
+    config = artifact.manifest.source.get("config") or read_json(checkpoint, CONFIG)
+    arch, name = find_arch(config), f"the config of {artifact.folder}"
     hyper = read_hyper(arch, config, name)
     statistics = None if imatrix is None else read_imatrix(imatrix)
     decoder = decoder_of(arch, hyper, config, name)
@@ -172,9 +201,8 @@ class ArtifactTensor:
         """Whether its values may be rounded."""
         return allows_quantization(self.name, self.shape)
 
-    def rows(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
-        """Raw rows over all experts, uint8 ``[n, row bytes]``."""
-        stop = self.stack.n_weights // self.stack.cols if stop is None else stop
+    def rows(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Raw rows ``[start, stop)`` over all experts, uint8 ``[n, row bytes]``."""
         width = row_bytes(self.source_type, self.stack.cols)
         raw = self.sources.read(self.offset + start * width, (stop - start) * width)
         return np.frombuffer(raw, np.uint8).reshape(stop - start, width)

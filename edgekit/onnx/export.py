@@ -1,7 +1,6 @@
 """A model as files for ONNX Runtime: data files, one graph per depth, and what runtimes read."""
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,15 +10,17 @@ from typing import Any
 from edgekit.arch import Mapping as TensorMapping
 from edgekit.arch.decoder import decoder_of
 from edgekit.checkpoint import Checkpoint
+from edgekit.codecs.job import Source
 from edgekit.errors import EdgekitError
 from edgekit.exporters.onnx_configs import CONFIG, GENAI, carried_files, config_json, genai_json
 from edgekit.exporters.onnx_decoder import Decoder
 from edgekit.exporters.onnx_store import DEPTHS, weights_at
 from edgekit.imatrix import Imatrix
+from edgekit.onnx.feedback import Feedback
+from edgekit.onnx.slicing import slice_model
 from edgekit.onnx_part import Facts, OnnxPart, graph_name
 from edgekit.progress import Progress
 from edgekit.publish import HashingWriter
-from edgekit.slicing import Source, slice_model
 from edgekit.stack import FileRecord
 
 DEFAULT_BLOCK = 64
@@ -35,6 +36,7 @@ class OnnxModel:
         config: config.json.
         folder: Where the tokenizer's files are.
         imatrix: Importance of columns; None: all alike.
+        feedback: Carries errors on from column to column; None: without.
     """
 
     tensors: Sequence[Source]
@@ -42,6 +44,7 @@ class OnnxModel:
     config: Mapping[str, Any]
     folder: Path
     imatrix: Imatrix | None = None
+    feedback: Feedback | None = None
 
 
 def decoder_in(checkpoint: Checkpoint, mapping: TensorMapping) -> Decoder:
@@ -93,6 +96,7 @@ def export_onnx(
             folder,
             block=block,
             imatrix=model.imatrix,
+            feedback=model.feedback,
             pool=pool,
             ahead=2 * jobs,
             progress=progress,
@@ -137,8 +141,3 @@ def facts_of(model: OnnxModel) -> Facts:
 def _record(path: Path) -> FileRecord:
     data = path.read_bytes()
     return FileRecord(path.name, len(data), hashlib.sha256(data).hexdigest())
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder and those below."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not os.path.islink(p))

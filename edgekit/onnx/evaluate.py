@@ -9,12 +9,13 @@ import numpy.typing as npt
 
 from edgekit.errors import UsageError
 from edgekit.evaluate import BATCH, Quality, Reference, compare
+from edgekit.exporters.onnx_configs import MODEL_LAST
 from edgekit.exporters.onnx_store import DEPTHS
 from edgekit.measure import reference_source
-from edgekit.onnx_artifact import OnnxArtifact, open_onnx
-from edgekit.onnx_cache import model_folder
-from edgekit.onnx_plan import context_of, depth_of, plan_onnx
-from edgekit.onnx_runtime.runner import MODEL_KEEP, OrtRunner
+from edgekit.onnx.artifact import OnnxArtifact, open_onnx
+from edgekit.onnx.cache import model_folder
+from edgekit.onnx.plan import context_of, depth_of, plan_onnx
+from edgekit.onnx_runtime.runner import OrtRunner
 from edgekit.text import read_text
 
 F32Array = npt.NDArray[np.float32]
@@ -34,7 +35,7 @@ def evaluate_onnx(
     Args:
         folder: Of an artifact with an ONNX part.
         text: UTF-8 file.
-        tier: ``2bit``, ``4bit`` or ``8bit``; without it and ``budget``, 8 bits.
+        tier: ``2bit``, ``4bit`` or ``8bit``; without it and ``budget``, the highest that is here.
         budget: The depth that a process of that many bytes would load.
         reference: GGUF, checkpoint or artifact to compare with; None: the artifact's own original
             weights, which need its GGUF part.
@@ -43,8 +44,9 @@ def evaluate_onnx(
     Raises:
         UsageError: There is no such tier, or nothing to compare with.
     """
-    artifact = open_onnx(folder, remember=True)
+    artifact = open_onnx(folder, 0, remember=True)
     depth = _depth(artifact, tier, budget)
+    artifact.check(depth, remember=True)
     if reference is None and not artifact.manifest.has_gguf:
         raise UsageError(
             f"{folder} holds no original weights to compare with; give --reference CHECKPOINT"
@@ -61,7 +63,7 @@ def logits_of(artifact: OnnxArtifact, model: Path, reference: Reference) -> Iter
     """Logits of the scored positions, some rows at a time, in order."""
     longest = max(len(ids) for ids in reference.sequences.ids)
     n_ctx = context_of(artifact.part, longest)
-    runner = OrtRunner(model / MODEL_KEEP, artifact.part.facts, n_ctx, BATCH, 0)
+    runner = OrtRunner(model / MODEL_LAST, artifact.part.facts, n_ctx, BATCH, 0)
     try:
         pairs = zip(reference.sequences.ids, reference.sequences.first, strict=True)
         for ids, first in pairs:
@@ -79,9 +81,9 @@ def logits_of(artifact: OnnxArtifact, model: Path, reference: Reference) -> Iter
 
 def _depth(artifact: OnnxArtifact, tier: str | None, budget: int | None) -> int:
     if budget is not None:
-        return depth_of(plan_onnx(artifact.part, budget))
+        return depth_of(plan_onnx(artifact.part, budget, depths=artifact.depths))
     if tier is None:
-        return DEPTHS[-1]
+        return artifact.depths[-1]
     known = {f"{depth}bit": depth for depth in DEPTHS}
     if tier not in known:
         raise UsageError(f"ONNX has no tier {tier}; choose {', '.join(known)}")

@@ -3,21 +3,21 @@
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.errors import RefusedError, UnsupportedError
+from edgekit.codecs.job import Source, finite_rows
+from edgekit.errors import UnsupportedError
 from edgekit.exporters.onnx_blocks import planes_of
-from edgekit.exporters.onnx_decoder import EMBEDDING, HEAD, STACKED, Decoder
+from edgekit.exporters.onnx_decoder import EMBEDDING, HEAD, STACKED, Decoder, Stacked
 from edgekit.exporters.onnx_store import DEPTHS, DataFile, Plane, Planes, Stored, data_name
 from edgekit.imatrix import Imatrix
-from edgekit.kernels import slices
-from edgekit.kernels.ggml import dequantize
+from edgekit.kernels import feedback, slices
+from edgekit.onnx.feedback import Feedback
 from edgekit.progress import Progress
 
 F32Array = npt.NDArray[np.float32]
@@ -27,29 +27,6 @@ CHUNK_WEIGHTS = 1 << 20  # coded by one thread at a time: 30 MiB of codes, float
 SAMPLED_BLOCKS = 1 << 9  # of a chunk, whose errors are compared with dedicated codes
 LEAST_IMPORTANCE = 1e-6  # of the mean; a column that no text uses still counts a little
 ROTATIONS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-
-
-class Source(Protocol):
-    """A tensor at tier source, whose rows are read when they are needed."""
-
-    @property
-    def name(self) -> str:
-        """llama.cpp's name."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Numpy order, experts first."""
-
-    @property
-    def source_type(self) -> str:
-        """ggml type of the rows."""
-
-    @property
-    def quantizable(self) -> bool:
-        """Whether its values may be rounded."""
-
-    def rows(self, start: int = 0, stop: int | None = None) -> U8Array:
-        """Raw rows over all experts, uint8 ``[n, row bytes]``."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +67,7 @@ class Chunk:
         Raises:
             RefusedError: A weight is NaN or infinite.
         """
-        found = [_floats(part, self.start, self.stop) for part in self.parts]
-        for part, values in zip(self.parts, found, strict=True):
-            if not np.isfinite(values).all():
-                raise RefusedError(
-                    f"tensor {part.name} has NaN or infinite weights in rows {self.start} to "
-                    f"{self.stop - 1}; repair the checkpoint"
-                )
+        found = [finite_rows(part, self.start, self.stop)[1] for part in self.parts]
         return found[0] if len(found) == 1 else np.stack(found, 1).reshape(-1, found[0].shape[1])
 
 
@@ -133,6 +104,7 @@ def slice_model(
     *,
     block: int,
     imatrix: Imatrix | None,
+    feedback: Feedback | None = None,
     pool: Executor,
     ahead: int,
     progress: Progress,
@@ -145,6 +117,7 @@ def slice_model(
         folder: Exists.
         block: Weights that share a scale, one of `kernels.slices.BLOCKS`.
         imatrix: Importance of columns; None: all alike.
+        feedback: Carries errors on from column to column; None: each weight is rounded by itself.
         pool: Runs the chunks; ``ahead``: so many in flight, which bounds memory.
         progress: Told how far it is.
     """
@@ -158,7 +131,8 @@ def slice_model(
             found[name] = files[2].write(values)
         for matrix in matrices:
             writer = _Writer(matrix, block, files)
-            for coded in _coded(matrix, writer, imatrix, pool, ahead):
+            rounding = _rounding(matrix, writer, imatrix, feedback)
+            for coded in _coded(matrix, rounding, pool, ahead):
                 if writer.lowest == DEPTHS[0]:
                     sums, energy = sums + coded.errors, energy + coded.energy
                 writer.add(coded)
@@ -193,7 +167,7 @@ def divided(tensors: Sequence[Source]) -> tuple[list[Matrix], dict[str, F32Array
     return matrices, floats
 
 
-def _stack_of(name: str, by_name: Mapping[str, Source]):  # type: ignore[no-untyped-def]
+def _stack_of(name: str, by_name: Mapping[str, Source]) -> tuple[str, Stacked | None, bool]:
     """Prefix, stack and whether ``name`` is its first tensor that is there."""
     stem, _, suffix = name.rpartition(".")
     prefix, _, role = stem.rpartition(".")
@@ -215,9 +189,9 @@ def _stacked_bias(prefix: str, parts: Sequence[str], by_name: Mapping[str, Sourc
     return np.concatenate(found)
 
 
-def _floats(tensor: Source, start: int = 0, stop: int | None = None) -> F32Array:
-    raw = tensor.rows(start, stop)
-    return dequantize(tensor.source_type, raw).reshape(len(raw), -1)
+def _floats(tensor: Source) -> F32Array:
+    """All rows, float32 ``[n, cols]``."""
+    return finite_rows(tensor, 0, int(np.prod(tensor.shape[:-1])))[1]
 
 
 def _tables(decoder: Decoder) -> Iterator[tuple[str, F32Array]]:
@@ -276,23 +250,48 @@ class _Writer:
         return Planes(self.name, self.shape, self.block, tuple(planes))
 
 
-def _coded(
-    matrix: Matrix, writer: _Writer, imatrix: Imatrix | None, pool: Executor, ahead: int
-) -> Iterator[Coded]:
-    """Chunks in order, some of them in flight."""
-    importance = _importance(matrix, imatrix)
+@dataclass(frozen=True)
+class Rounding:
+    """How a matrix is rounded.
+
+    Attributes:
+        block: Weights that share a scale.
+        lowest: Bits of the lowest depth.
+        importance: Of columns, float32 ``[experts, cols]``; None: all alike.
+        expert_rows: Rows of an expert in each part of the matrix; 0: it has no experts.
+        factors: Of error feedback, ``[cols, cols]`` each, one per expert; none: without it.
+        carried: Weights of the errors at 8, 4 and 2 bits in it.
+    """
+
+    block: int
+    lowest: int
+    importance: F32Array | None
+    expert_rows: int
+    factors: tuple[F32Array, ...] = ()
+    carried: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+
+def _rounding(
+    matrix: Matrix, writer: _Writer, imatrix: Imatrix | None, feedback: Feedback | None
+) -> Rounding:
     rows = matrix.shape[-2] if len(matrix.shape) == 3 else 0  # of an expert
     per_turn = len(matrix.parts) if matrix.is_woven else 1
+    importance = _importance(matrix, imatrix)
+    plain = Rounding(writer.block, writer.lowest, importance, rows // per_turn)
+    if feedback is None:
+        return plain
+    factors = feedback.factors(matrix.parts[0].name)
+    return replace(plain, factors=factors, carried=feedback.carried)
+
+
+def _coded(matrix: Matrix, rounding: Rounding, pool: Executor, ahead: int) -> Iterator[Coded]:
+    """Chunks in order, some of them in flight."""
     tasks = iter(matrix.chunks())
-
-    def submit(chunk: Chunk):  # type: ignore[no-untyped-def]
-        return pool.submit(_code, chunk, writer.block, writer.lowest, importance, rows // per_turn)
-
-    running = deque(submit(chunk) for chunk in islice(tasks, ahead))
+    running = deque(pool.submit(_code, chunk, rounding) for chunk in islice(tasks, ahead))
     try:
         while running:
             coded = running.popleft().result()
-            running.extend(submit(chunk) for chunk in islice(tasks, 1))
+            running.extend(pool.submit(_code, chunk, rounding) for chunk in islice(tasks, 1))
             yield coded
     finally:
         for future in running:
@@ -312,25 +311,45 @@ def _importance(matrix: Matrix, imatrix: Imatrix | None) -> F32Array | None:
     return scaled
 
 
-def _code(
-    chunk: Chunk, block: int, lowest: int, importance: F32Array | None, expert_rows: int
-) -> Coded:
+def _code(chunk: Chunk, rounding: Rounding) -> Coded:
     weights = chunk.weights()
-    n, cols = weights.shape
+    (n, cols), block = weights.shape, rounding.block
     blocks = -(-cols // block)
-    padded = np.pad(weights, ((0, 0), (0, blocks * block - cols))).reshape(-1, block)
+    turns = np.arange(chunk.start, chunk.stop).repeat(n // (chunk.stop - chunk.start))
+    experts = turns // (rounding.expert_rows or chunk.stop)
     weighing = np.ones((n, cols), np.float32)
-    if importance is not None:
-        turns = np.arange(chunk.start, chunk.stop).repeat(n // (chunk.stop - chunk.start))
-        weighing = importance[turns // expert_rows if expert_rows else np.zeros(n, np.intp)]
-    weighing = np.pad(weighing, ((0, 0), (0, blocks * block - cols)), constant_values=1.0)
-    weighing = weighing.reshape(-1, block)
-    found = slices.encode(padded, weighing, lowest)
+    if rounding.importance is not None:
+        weighing = rounding.importance[experts]
+    padding = ((0, 0), (0, blocks * block - cols))
+    padded = np.pad(weights, padding)
+    weighing = np.pad(weighing, padding, constant_values=1.0)
+    found = _encoded(padded, weighing, experts, rounding)
     codes = found.codes.reshape(n, blocks, block)
+    padded, weighing = padded.reshape(-1, block), weighing.reshape(-1, block)
     sample = slice(None, None, -(-len(padded) // SAMPLED_BLOCKS))
     few = slices.Slices(found.codes[sample], found.scales[:, sample])
     errors = slices.compared(padded[sample], weighing[sample], few)
     share = len(padded) / len(few.codes)
     energy = float((weighing[sample] * padded[sample] ** 2).sum(dtype=np.float64))
     scales = found.scales.astype(np.float16).reshape(3, n, blocks)
-    return Coded(planes_of(codes, lowest), scales, errors * share, energy * share)
+    return Coded(planes_of(codes, rounding.lowest), scales, errors * share, energy * share)
+
+
+def _encoded(
+    weights: F32Array, importance: F32Array, experts: npt.NDArray[np.intp], rounding: Rounding
+) -> slices.Slices:
+    """Codes of whole rows; ``experts`` says whose each row is, in ascending order."""
+    block, lowest = rounding.block, rounding.lowest
+    if not rounding.factors:
+        return slices.encode(weights.reshape(-1, block), importance.reshape(-1, block), lowest)
+    found = []
+    for expert in np.unique(experts):
+        rows = slice(*np.searchsorted(experts, (expert, expert + 1)))
+        cols, factor = weights.shape[1], rounding.factors[expert]
+        whole = np.eye(cols, dtype=np.float32)  # what is padded follows from nothing
+        whole[: len(factor), : len(factor)] = factor
+        found.append(
+            feedback.encode(weights[rows], importance[rows], whole, block, rounding.carried)
+        )
+    codes = np.concatenate([part.codes for part in found])
+    return slices.Slices(codes, np.concatenate([part.scales for part in found], 1))

@@ -1,9 +1,10 @@
 """The ONNX part of an artifact, opened for reading: nothing leaves here before it was checked."""
 
 import hashlib
-import json
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import numpy.typing as npt
 from edgekit.arch.config import find_arch, read_hyper
 from edgekit.arch.decoder import decoder_of
 from edgekit.catalog import read_manifest
-from edgekit.checkpoint import contained
-from edgekit.errors import EdgekitError, RefusedError, UsageError
+from edgekit.checkpoint import contained, read_json
+from edgekit.errors import RefusedError, UsageError
 from edgekit.exporters.onnx_configs import CONFIG
 from edgekit.exporters.onnx_decoder import Decoder, Place
 from edgekit.exporters.onnx_store import DEPTHS, data_name
 from edgekit.manifest import Manifest
-from edgekit.onnx_part import FOLDER, OnnxPart, graph_name
+from edgekit.onnx_part import FOLDER, Facts, OnnxPart, graph_name
 from edgekit.receipts import Receipt
 from edgekit.stack import FileRecord, Part
 
@@ -31,12 +32,24 @@ def open_onnx(folder: Path, depth: int = DEPTHS[-1], *, remember: bool = False) 
 
     Args:
         folder: Of the artifact.
-        depth: Data files above it need not be there.
+        depth: Files of depths above it are not looked at.
         remember: Do not hash again what was found sound before, and keep what is found sound now.
 
     Raises:
         UsageError: There is no artifact, or it has no ONNX part.
         RefusedError: A file is missing, cut, corrupt, or leads elsewhere.
+    """
+    manifest, part = described(folder)
+    artifact = OnnxArtifact(folder, manifest, part)
+    artifact.check(depth, remember=remember)
+    return artifact
+
+
+def described(folder: Path) -> tuple[Manifest, OnnxPart]:
+    """What the manifest in ``folder`` tells; the files need not be there.
+
+    Raises:
+        UsageError: There is no artifact, or nothing for ONNX Runtime in it.
     """
     manifest = read_manifest(folder)
     if manifest.onnx is None:
@@ -44,9 +57,7 @@ def open_onnx(folder: Path, depth: int = DEPTHS[-1], *, remember: bool = False) 
             f"{folder} has nothing for ONNX Runtime; add it with: edgekit export {folder} "
             "--format onnx"
         )
-    artifact = OnnxArtifact(folder, manifest, manifest.onnx)
-    artifact.check(depth, remember=remember)
-    return artifact
+    return manifest, manifest.onnx
 
 
 class OnnxArtifact:
@@ -69,6 +80,12 @@ class OnnxArtifact:
         if not root.is_dir() or not root.is_relative_to(folder.resolve()):
             raise RefusedError(f"{self.files} is no folder of the artifact; get the artifact again")
 
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Those whose data files are here; the lowest is always needed."""
+        here = takewhile(lambda depth: (self.files / data_name(depth)).exists(), DEPTHS)
+        return tuple(here) or DEPTHS[:1]
+
     def check(self, depth: int, *, remember: bool = False) -> None:
         """Check size, hash and content of every file that ``depth`` needs.
 
@@ -76,10 +93,10 @@ class OnnxArtifact:
             RefusedError: One is missing, cut, corrupt, or leads elsewhere.
         """
         later = {name(d) for d in DEPTHS if d > depth for name in (data_name, graph_name)}
-        for record in self.part.files:
-            if record.name not in later or (self.files / record.name).exists():
-                self._check_file(record, remember)
-        self._check_graphs()
+        needed = [record for record in self.part.files if record.name not in later]
+        for record in needed:
+            self._check_file(record, remember)
+        self._check_graphs(needed)
 
     def problems(self) -> Iterator[str]:
         """What is wrong with any file, one line each."""
@@ -89,7 +106,7 @@ class OnnxArtifact:
             except RefusedError as error:
                 yield str(error)
         try:
-            self._check_graphs()
+            self._check_graphs(self.part.files)
         except RefusedError as error:
             yield str(error)
 
@@ -115,14 +132,14 @@ class OnnxArtifact:
         if receipt is not None:
             receipt.keep([whole])
 
-    def _check_graphs(self) -> None:
+    def _check_graphs(self, records: Sequence[FileRecord]) -> None:
         """Graphs read the data files only. Where the package onnx is missing, hashes must do."""
         try:
             from edgekit.exporters.onnx_files import check_graph
         except ImportError:
             return
         sizes = {r.name: r.n_bytes for r in self.part.files if r.name.endswith(".bin")}
-        for record in self.part.files:
+        for record in records:
             if record.name.endswith(".onnx") and (self.files / record.name).exists():
                 check_graph(self.path(record.name).read_bytes(), record.name, sizes)
 
@@ -138,15 +155,27 @@ class OnnxArtifact:
         return path
 
     def config(self) -> dict[str, Any]:
-        """config.json; its content has been checked."""
-        body = json.loads(self.path(CONFIG).read_bytes())
+        """config.json, as the checkpoint had it."""
+        body = read_json(self.files, CONFIG)
         return {key: value for key, value in body.items() if key != "transformers.js_config"}
 
     def decoder(self) -> Decoder:
-        """What the graphs compute."""
+        """What the graphs compute.
+
+        Raises:
+            RefusedError: config.json describes another model than the manifest.
+        """
         config = self.config()
         arch, name = find_arch(config), str(self.files / CONFIG)
-        return decoder_of(arch, read_hyper(arch, config, name), config, name)
+        decoder = decoder_of(arch, read_hyper(arch, config, name), config, name)
+        for field in fields(Facts):
+            told = getattr(self.part.facts, field.name)
+            if getattr(decoder, field.name, told) != told:
+                raise RefusedError(
+                    f"{name} describes another model than edgekit.json, whose {field.name} is "
+                    f"{told}; get the artifact again"
+                )
+        return decoder
 
     def read(self, place: Place) -> npt.NDArray[np.uint8]:
         """Bytes of a data file, mapped."""
@@ -159,19 +188,3 @@ class OnnxArtifact:
             except (OSError, ValueError) as error:
                 raise RefusedError(f"{path} changed since it was opened: {error}") from error
         return np.frombuffer(view, np.uint8, place.n_bytes, place.offset - page)
-
-
-def require_depth(depth: int) -> int:
-    """A depth that there is.
-
-    Raises:
-        UsageError: There is no such depth.
-    """
-    if depth not in DEPTHS:
-        raise UsageError(f"there is no depth {depth}; choose {', '.join(map(str, DEPTHS))}")
-    return depth
-
-
-def missing(package: str | None) -> EdgekitError:
-    """The error for a runtime that is not installed."""
-    return EdgekitError(f"ONNX Runtime needs the package {package}; pip install 'edgekit[onnx]'")
