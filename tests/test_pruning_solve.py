@@ -139,7 +139,7 @@ def site(**changes) -> Site:
     x, w = data()
     effect = torch.arange(N, dtype=torch.float64) - 4
     makers = torch.linspace(3, 1, N)
-    return Site(**{"weight": w, "gram": gram(x), "mean": x.mean(0), "makers": makers,
+    return Site(**{"weight": w, "gram": lambda: gram(x), "mean": x.mean(0), "makers": makers,
                    "effect": effect} | changes)  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def test_every_metric_drops_what_is_never_active_and_has_no_weight(name):
     x[:, 5], w[:, 5] = 0, 0
     effect = torch.ones(N, dtype=torch.float64).index_fill(0, torch.tensor([5]), 0)
     makers = torch.ones(N).index_fill(0, torch.tensor([5]), 0)
-    quiet = site(weight=w, gram=gram(x), mean=x.mean(0), makers=makers, effect=effect)
+    quiet = site(weight=w, gram=lambda: gram(x), mean=x.mean(0), makers=makers, effect=effect)
     assert METRICS[name].kept(quiet, N - 1).tolist() == [j for j in range(N) if j != 5]
 
 

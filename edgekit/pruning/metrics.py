@@ -23,15 +23,16 @@ class Site:
 
     Attributes:
         weight: W, ``[rows, n]``.
-        gram: ``E[x x^T]`` over all tokens, float64 ``[n, n]``; of experts ``x`` is weighed by the
-            router, and zero for tokens routed elsewhere.
+        gram: Makes ``E[x x^T]`` over all tokens, float64 ``[n, n]``: half a GiB of 8192 features,
+            so nobody keeps it. Of experts ``x`` is weighed by the router, and zero for tokens
+            routed elsewhere.
         mean: ``E[x]``, float64 ``[n]``.
         makers: Squared norm of the rows that make each feature (gate and up, or V), ``[n]``.
         effect: First-order effect of each feature on the loss, ``[n]``, for Taylor; else None.
     """
 
     weight: Tensor
-    gram: Tensor
+    gram: Callable[[], Tensor]
     mean: Tensor
     makers: Tensor
     effect: Tensor | None = None
@@ -72,7 +73,7 @@ def highest(scores: Tensor, n: int) -> Tensor:
 def _energy(site: Site) -> Tensor:
     """Mean square of the map's output: what vanishes with it."""
     weight = site.weight.double()
-    return ((weight @ site.gram) * weight).sum()
+    return ((weight @ site.gram()) * weight).sum()
 
 
 def _columns(site: Site) -> Tensor:
@@ -86,7 +87,7 @@ def _magnitude(site: Site) -> Tensor:
 
 def _wanda(site: Site) -> Tensor:
     """Wanda-sp: mean of ``|W| * |x|`` (Wanda, arXiv 2306.11695; structured in FLAP's code)."""
-    return site.weight.double().abs().mean(0) * site.gram.diagonal().sqrt()
+    return site.weight.double().abs().mean(0) * site.gram().diagonal().sqrt()
 
 
 def _flap(site: Site) -> Tensor:
@@ -94,7 +95,7 @@ def _flap(site: Site) -> Tensor:
 
     FLAP standardizes scores per layer to share widths out between layers; widths here are uniform.
     """
-    return (site.gram.diagonal() - site.mean.square()) * _columns(site)
+    return (site.gram().diagonal() - site.mean.square()) * _columns(site)
 
 
 def _taylor(site: Site) -> Tensor:
@@ -108,9 +109,9 @@ def _taylor(site: Site) -> Tensor:
 
 METRICS: Mapping[str, Metric] = {
     "condition": Metric(
-        _columns, lambda site, n, block: select(site.weight, site.gram, n, block), _energy
+        _columns, lambda site, n, block: select(site.weight, site.gram(), n, block), _energy
     ),
-    "leverage": Metric(lambda site: leverage(site.gram), whole=_energy),
+    "leverage": Metric(lambda site: leverage(site.gram()), whole=_energy),
     "magnitude": Metric(_magnitude),
     "wanda": Metric(_wanda),
     "flap": Metric(_flap),

@@ -1,7 +1,9 @@
-"""Second moments of every linear map's inputs, one layer of the model at a time."""
+"""Second moments of what linear maps read: of one map, and of all, layer by layer."""
 
 from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 from edgekit.arch import Mapping
 from edgekit.checkpoint import Checkpoint
@@ -9,11 +11,62 @@ from edgekit.devices.memory import free_memory
 from edgekit.errors import DoesNotFitError
 from edgekit.float_model import check_memory
 from edgekit.pruning.layers import Ids, Layers
-from edgekit.pruning.stages import Moments
+from edgekit.pruning.metrics import as_moment
+from edgekit.pruning.solve import checked_refit
 from edgekit.pruning.weights import read_layer
 from edgekit.sizes import format_size
 
 Tensor = Any
+
+
+HELD_OUT = 8  # one batch in so many checks the fit
+
+
+class Moments:
+    """Running sums over tokens, in place: features with themselves, and with a target.
+
+    Every `HELD_OUT`-th batch is kept apart, to check what the others are fitted to.
+    """
+
+    def __init__(self, n_features: int, n_rows: int) -> None:
+        """Start at zero."""
+        self.n = [0, 0]
+        self._gram = [torch.zeros(n_features, n_features) for _ in self.n]
+        self._cross = [torch.zeros(n_rows, n_features) for _ in self.n]
+        self.total = torch.zeros(n_features, dtype=torch.float64)
+
+    @classmethod
+    def like(cls, weight: Tensor) -> "Moments":
+        """For the features of a linear map ``[rows, n]``."""
+        return cls(weight.shape[1], weight.shape[0])
+
+    def add(self, batch: int, x: Tensor, target: Tensor | None = None) -> None:
+        """Add features ``[N, n]`` of a batch and what they should give, ``[N, rows]``."""
+        part = int(batch % HELD_OUT == HELD_OUT - 1)
+        self.n[part] += len(x)
+        self._gram[part].addmm_(x.T, x)
+        self.total += x.sum(0)
+        if target is not None:
+            self._cross[part].addmm_(target.T, x)
+
+    def gram(self) -> Tensor:
+        """The sum of ``x x^T`` over all tokens, ``[n, n]``."""
+        return self._gram[0] + self._gram[1]
+
+    def refit(self, weight: Tensor, kept: Tensor) -> Tensor:
+        """``weight`` ``[rows, kept]``, tuned to give the target from the ``kept`` features.
+
+        The sums are let go one by one: solving needs their room.
+        """
+        parts = [self._take(n, kept) for n in self.n]
+        if not self.n[0]:
+            return weight
+        return checked_refit(weight, parts[0], parts[1] if self.n[1] else None).float()
+
+    def _take(self, n: int, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """The next part's sums over ``n`` tokens as means, float64; this has them no more."""
+        gram, cross = self._gram.pop(0)[kept[:, None], kept], self._cross.pop(0)[:, kept]
+        return as_moment(gram, n), as_moment(cross, n)
 
 
 def require_memory(mapping: Mapping, ids: Ids, hint: str) -> None:
@@ -67,5 +120,5 @@ def layer_moments(
         quantizable = {t.name for t in mapping.tensors if t.quantizable}
         yield (
             index,
-            {n: [m.gram.sum(0) for m in sums] for n, sums in names.items() if n in quantizable},
+            {n: [m.gram() for m in sums] for n, sums in names.items() if n in quantizable},
         )

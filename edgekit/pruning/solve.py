@@ -30,14 +30,23 @@ DAMPS = (1e-5, 1e-3, 1e-1)  # of a refit; which one, held-out tokens decide
 
 def damped(gram: Tensor, damp: float = DAMP) -> Tensor:
     """A copy of ``gram`` ``[n, n]`` with ``damp`` times the mean of its diagonal added to it."""
-    result, least = gram.clone(), torch.finfo(gram.dtype).tiny  # of features that are never active
-    result.diagonal().add_(torch.clamp(damp * gram.diagonal().mean(), min=least))
-    return result
+    return _damp_(gram.clone(), damp)
+
+
+def _damp_(gram: Tensor, damp: float) -> Tensor:
+    least = torch.finfo(gram.dtype).tiny  # of features that are never active
+    gram.diagonal().add_(torch.clamp(damp * gram.diagonal().mean(), min=least))
+    return gram
 
 
 def inverse(gram: Tensor, damp: float = DAMP) -> Tensor:
     """The inverse of the damped moment, float64 ``[n, n]``."""
-    lower = _cholesky_(damped(gram.double(), damp))
+    return _inverse_(gram.to(torch.float64, copy=True), damp)
+
+
+def _inverse_(gram: Tensor, damp: float = DAMP) -> Tensor:
+    """The same in the place of ``gram``, which is float64."""
+    lower = _cholesky_(_damp_(gram, damp))
     return torch.cholesky_inverse(lower, out=lower)
 
 
@@ -80,7 +89,7 @@ def select(weight: Tensor, gram: Tensor, n_kept: int, block: int = 1) -> Tensor:
 
     Args:
         weight: ``[rows, n]``.
-        gram: Second moment of the features, ``[n, n]``.
+        gram: Second moment of the features, float64 ``[n, n]``; written over.
         n_kept: Blocks that stay.
         block: Consecutive features in a block.
 
@@ -88,7 +97,7 @@ def select(weight: Tensor, gram: Tensor, n_kept: int, block: int = 1) -> Tensor:
         int64 ``[n_kept]``, ascending.
     """
     n_gone = len(gram) // block - n_kept
-    moment, w = inverse(gram), weight.double().clone()
+    moment, w = _inverse_(gram), weight.to(torch.float64, copy=True)
     is_gone = torch.zeros(n_kept + n_gone, dtype=torch.bool)
     step = max(1, -(-n_gone // ROUNDS)) if block == 1 else 1
     for done in range(0, n_gone, step):

@@ -28,14 +28,14 @@ from edgekit.arch import Mapping
 from edgekit.pruning.cut import Cut, roles
 from edgekit.pruning.layers import Flow, Layers
 from edgekit.pruning.metrics import Metric, Site, as_moment, highest
-from edgekit.pruning.solve import checked_refit, refit
+from edgekit.pruning.moments import Moments
+from edgekit.pruning.solve import refit
 from edgekit.pruning.weights import SHIFT, Layer, attention_kept, cut_layer, neurons_kept
 
 Tensor = Any
 Batches = Sequence[Tensor]  # hidden states, float32 [B, T, hidden] each
 
 SWEEPS = 4  # over the experts
-HELD_OUT = 8  # one batch in so many checks the fit
 OUT, DOWN = "attn_output.weight", "ffn_down.weight"
 EXPERT_DOWN = "ffn_down_exps.weight"
 MAKERS = {OUT: ("attn_v.weight",), DOWN: ("ffn_gate.weight", "ffn_up.weight")}
@@ -55,49 +55,6 @@ class Recipe:
     metric: Metric
     tunes: bool = True
     shifts: bool = False
-
-
-class Moments:
-    """Running sums over tokens, in place: features with themselves, and with a target.
-
-    Every `HELD_OUT`-th batch is kept apart, to check what the others are fitted to.
-    """
-
-    def __init__(self, n_features: int, n_rows: int) -> None:
-        """Start at zero."""
-        self.n = [0, 0]
-        self.gram = torch.zeros(2, n_features, n_features)
-        self.cross = torch.zeros(2, n_rows, n_features)
-        self.total = torch.zeros(n_features, dtype=torch.float64)
-
-    @classmethod
-    def like(cls, weight: Tensor) -> "Moments":
-        """For the features of a linear map ``[rows, n]``."""
-        return cls(weight.shape[1], weight.shape[0])
-
-    def add(self, batch: int, x: Tensor, target: Tensor | None = None) -> None:
-        """Add features ``[N, n]`` of a batch and what they should give, ``[N, rows]``."""
-        part = int(batch % HELD_OUT == HELD_OUT - 1)
-        self.n[part] += len(x)
-        self.gram[part].addmm_(x.T, x)
-        self.total += x.sum(0)
-        if target is not None:
-            self.cross[part].addmm_(target.T, x)
-
-    def refit(self, weight: Tensor, kept: Tensor) -> Tensor:
-        """``weight`` ``[rows, kept]``, tuned to give the target from the ``kept`` features.
-
-        The sums are let go: solving needs their room.
-        """
-        parts = [self._part(part, kept) for part in (0, 1) if self.n[part]]
-        self.gram = self.cross = torch.empty(0)
-        if not self.n[0]:
-            return weight
-        return checked_refit(weight, parts[0], parts[1] if len(parts) > 1 else None).float()
-
-    def _part(self, part: int, kept: Tensor) -> tuple[Tensor, Tensor]:
-        gram, cross = self.gram[part][kept[:, None], kept], self.cross[part][:, kept]
-        return as_moment(gram, self.n[part]), as_moment(cross, self.n[part])
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +231,7 @@ class _Work:
     def _site(self, weights: Layer, suffix: str, moments: Moments) -> Site:
         return Site(
             weight=weights[suffix],
-            gram=as_moment(moments.gram.sum(0), sum(moments.n)),
+            gram=lambda: as_moment(moments.gram(), sum(moments.n)),
             mean=as_moment(moments.total, sum(moments.n)),
             makers=self._makers(weights, suffix),
             effect=self.effects.get(suffix),
@@ -296,7 +253,7 @@ class _Work:
         effects = self.effects.get(EXPERT_DOWN)
         return Site(
             weight=weights[EXPERT_DOWN][expert],
-            gram=as_moment(moments.gram.sum(0), n),
+            gram=lambda: as_moment(moments.gram(), n),
             mean=as_moment(moments.total, n),
             makers=sum(part.square().sum(1) for part in both),
             effect=None if effects is None else effects[expert],
@@ -305,8 +262,8 @@ class _Work:
 
 def _own_output(site: Site, kept: Tensor) -> Tensor:
     """Columns of the kept neurons, refitted to what the whole expert gave."""
-    weight = site.weight.double()
-    return refit(weight[:, kept], site.gram[kept[:, None], kept], weight @ site.gram[:, kept])
+    weight, gram = site.weight.double(), site.gram()
+    return refit(weight[:, kept], gram[kept[:, None], kept], weight @ gram[:, kept])
 
 
 def _expert_features(flow: Flow) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from edgekit.arch import Mapping
 from edgekit.checkpoint import Checkpoint
 from edgekit.float_model import batch_chunks
 from edgekit.pruning.layers import Ids
-from edgekit.pruning.stages import HELD_OUT
+from edgekit.pruning.moments import HELD_OUT
 from edgekit.samples import CALIBRATION_TEXT, heldout_text
 from edgekit.text import read_text, token_chunks, vocabulary
 
