@@ -27,7 +27,7 @@ from edgekit.imatrix import read_imatrix
 from edgekit.kernels.ggml import row_bytes
 from edgekit.model_card import write_model_card
 from edgekit.onnx.export import OnnxModel, export_onnx, require_onnx
-from edgekit.onnx_part import FOLDER
+from edgekit.onnx_part import FOLDER, OnnxPart
 from edgekit.planner import uniform
 from edgekit.progress import Progress
 from edgekit.provenance import file_hash
@@ -68,7 +68,7 @@ def add_onnx(
     """
     require_onnx()
     started = time.monotonic()
-    final, staged = folder / FOLDER, folder / f".{FOLDER}.partial"
+    final = folder / FOLDER
     with ExitStack() as stack:
         artifact = stack.enter_context(open_artifact(folder))
         if final.exists() and not force:
@@ -84,18 +84,7 @@ def add_onnx(
             _check_same(artifact, place)
         model = _model(artifact, assembly, place, imatrix)
         require_free(folder, round(artifact.manifest.n_parameters * 1.15), f"writing {final}")
-        shutil.rmtree(staged, ignore_errors=True)
-        try:
-            with disk_full_reported(f"writing {final}", "make room and repeat"):
-                part = export_onnx(model, staged, progress, block=block, jobs=jobs)
-            move_into_place(staged, final)
-        except (KeyError, ValueError, AssertionError) as error:
-            raise RefusedError(
-                f"{folder}: its tensors are not those of the model that its config describes "
-                f"({error!r:.80}); get the artifact again"
-            ) from error
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+        part = _written(model, folder, progress, block, jobs)
         manifest = replace(artifact.manifest, onnx=part)
     write_manifest(folder, manifest)
     write_model_card(folder, manifest)
@@ -108,6 +97,24 @@ def add_onnx(
         "depths": depths,
         "seconds": seconds,
     }
+
+
+def _written(model: OnnxModel, folder: Path, progress: Progress, block: int, jobs: int) -> OnnxPart:
+    """Write the ONNX files of the artifact in ``folder``, all or none."""
+    final, staged = folder / FOLDER, folder / f".{FOLDER}.partial"
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        with disk_full_reported(f"writing {final}", "make room and repeat"):
+            part = export_onnx(model, staged, progress, block=block, jobs=jobs)
+        move_into_place(staged, final)
+    except (KeyError, ValueError, AssertionError) as error:
+        raise RefusedError(
+            f"{folder}: its tensors are not those of the model that its config describes "
+            f"({error!r:.80}); get the artifact again"
+        ) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return part
 
 
 def _require_source(artifact: Artifact) -> None:
