@@ -6,13 +6,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
 
 from edgekit.artifact import align
 from edgekit.exporters.file_types import file_type
 from edgekit.exporters.gguf import TensorInfo, header_bytes, padded, tensor_offsets
 from edgekit.exporters.gguf_values import Value, u32
+from edgekit.exporters.hashed_file import HashedFile
 from edgekit.manifest import MANIFEST_NAME, Manifest, dumps
 from edgekit.planner import LOAD_ORDERS, resident_step, stored_step
 from edgekit.routing.gguf_keys import range_metadata
@@ -38,39 +37,8 @@ class Encoded:
         return self.source_type if tier == SOURCE else tier
 
 
-class HashingWriter:
-    """A new file that knows its length and hash; refuses to follow a link or to overwrite."""
-
-    def __init__(self, path: Path) -> None:
-        """Create ``path``."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-        self._file: BinaryIO = os.fdopen(os.open(path, flags, 0o644), "wb")
-        self._digest = hashlib.sha256()
-        self.path, self.n_bytes = path, 0
-
-    def __enter__(self) -> "HashingWriter":
-        """Use as a context manager."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Sync and close."""
-        try:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
-
-    def write(self, data: bytes) -> None:
-        """Append ``data``."""
-        self._file.write(data)
-        self._digest.update(data)
-        self.n_bytes += len(data)
+class HashingWriter(HashedFile):
+    """A file of an artifact, which the manifest records."""
 
     def pad_to(self, offset: int) -> None:
         """Append zeros up to ``offset``."""
@@ -87,7 +55,7 @@ class HashingWriter:
     @property
     def record(self) -> FileRecord:
         """Name, bytes and hash of what has been written."""
-        return FileRecord(self.path.name, self.n_bytes, self._digest.hexdigest())
+        return FileRecord(self.path.name, self.n_bytes, self.sha256)
 
 
 def publish(

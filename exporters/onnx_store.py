@@ -4,17 +4,14 @@
 add: a depth reads the files up to its own, and of them its own bytes only.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
-from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edgekit.exporters.hashed_file import HashedFile
 from edgekit.exporters.onnx_decoder import Array, Place, Quantized, Term
 
 DEPTHS = (2, 4, 8)
@@ -114,59 +111,24 @@ def weights_at(store: Store, depth: int) -> dict[str, Array | Quantized]:
     }
 
 
-class DataFile:
-    """A new data file that knows its length and hash; refuses to follow a link or to overwrite."""
-
-    def __init__(self, path: Path) -> None:
-        """Create ``path``."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-        self._file: BinaryIO = os.fdopen(os.open(path, flags, 0o644), "wb")
-        self._digest = sha256()
-        self.name, self.n_bytes = path.name, 0
+class DataFile(HashedFile):
+    """A file of tensors, each at an aligned offset."""
 
     def begin(self) -> int:
         """Pad to the next aligned offset, and give it."""
-        self._append(bytes(-self.n_bytes % ALIGNMENT))
+        self.write(bytes(-self.n_bytes % ALIGNMENT))
         return self.n_bytes
 
     def append(self, array: npt.NDArray[Any]) -> None:
         """Append an array's bytes."""
-        self._append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def end(self, start: int) -> Place:
         """What was appended since ``start``."""
-        return Place(self.name, start, self.n_bytes - start)
+        return Place(self.path.name, start, self.n_bytes - start)
 
-    def write(self, array: npt.NDArray[Any]) -> Array:
+    def add(self, array: npt.NDArray[Any]) -> Array:
         """Append one tensor at the next aligned offset."""
         start = self.begin()
         self.append(array)
         return Array(array.shape, array.dtype.name, self.end(start))
-
-    def _append(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self.n_bytes += len(data)
-
-    @property
-    def sha256(self) -> str:
-        """Of all that was written."""
-        return self._digest.hexdigest()
-
-    def __enter__(self) -> "DataFile":
-        """Use as a context manager."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Sync and close."""
-        try:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        finally:
-            self._file.close()

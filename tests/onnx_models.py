@@ -60,10 +60,10 @@ def float_graph(checkpoint: Path, folder: Path) -> Path:
         for i, rotation in enumerate(decoder.rotations):
             floats |= {f"rotation.{i}.cos": rotation.cos, f"rotation.{i}.sin": rotation.sin}
         for name, values in floats.items():
-            store[name] = file.write(values)
+            store[name] = file.add(values)
         for matrix in matrices:
             weights = np.concatenate([chunk.weights() for chunk in matrix.chunks()])
-            store[matrix.name] = file.write(weights.reshape(matrix.shape))
+            store[matrix.name] = file.add(weights.reshape(matrix.shape))
     onnx.save(onnx_model.build(decoder, store), folder / "float.onnx")
     return folder / "float.onnx"
 

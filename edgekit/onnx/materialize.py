@@ -116,7 +116,7 @@ def write_folder(
                 weights[name] = _written_matrix(artifact, item, depth, file)
             else:
                 values = artifact.read(item.place).view(np.float32)
-                weights[name] = file.write(values.reshape(item.shape))
+                weights[name] = file.add(values.reshape(item.shape))
     is_portable = not (for_here and is_newest())
     for name in (MODEL, MODEL_LAST) if for_here else (MODEL,):
         path, has_keep = folder / name, name == MODEL_LAST
@@ -159,7 +159,7 @@ def _written_matrix(artifact: OnnxArtifact, item: Planes, depth: int, file: Data
     shape = (*item.shape[:-1], item.blocks, item.block * bits // 8)
     stored = Array(shape, "uint8", file.end(start))
     last = planes.terms[-1].scales
-    scales = file.write(artifact.read(last.place).view(np.float16).reshape(last.shape))
+    scales = file.add(artifact.read(last.place).view(np.float16).reshape(last.shape))
     return Quantized(item.shape, item.block, (Term(bits, stored, scales),))
 
 

@@ -128,7 +128,7 @@ def slice_model(
     progress.start("slice", sum(int(np.prod(m.shape)) for m in matrices))
     with files[2], files[4], files[8]:
         for name, values in (*floats.items(), *_tables(decoder)):
-            found[name] = files[2].write(values)
+            found[name] = files[2].add(values)
         for matrix in matrices:
             writer = _Writer(matrix, block, files)
             rounding = _rounding(matrix, writer, imatrix, feedback)
@@ -140,7 +140,7 @@ def slice_model(
             progress.advance(int(np.prod(matrix.shape)))
     relative = np.sqrt(sums / max(energy, 1e-300))
     errors = {d: (float(relative[0, i]), float(relative[1, i])) for i, d in enumerate(DEPTHS)}
-    records = tuple((file.name, file.n_bytes, file.sha256) for file in files.values())
+    records = tuple((file.path.name, file.n_bytes, file.sha256) for file in files.values())
     return Sliced(found, errors, records)
 
 
@@ -245,7 +245,7 @@ class _Writer:
         planes = []
         for depth in self.depths:
             row = (8, 4, 2).index(depth)
-            stored = self._files[depth].write(scales[row])
+            stored = self._files[depth].add(scales[row])
             planes.append(Plane(depth, codes[depth], stored.place))
         return Planes(self.name, self.shape, self.block, tuple(planes))
 
