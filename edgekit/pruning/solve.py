@@ -160,9 +160,10 @@ def refit(weight: Tensor, gram: Tensor, cross: Tensor, damp: float = DAMP) -> Te
     """
     gram, weight = gram.double(), weight.double()
     lower = _cholesky_(damped(gram, damp))
-    missing = (cross.double() - weight @ gram).T
-    half = torch.linalg.solve_triangular(lower, missing, upper=False)  # cholesky_solve copies lower
-    return weight + torch.linalg.solve_triangular(lower.mT, half, upper=True).T
+    step = torch.addmm(cross.double(), weight, gram, alpha=-1).T
+    step = torch.linalg.solve_triangular(lower, step, upper=False)  # cholesky_solve copies lower
+    step = torch.linalg.solve_triangular(lower.mT, step, upper=True)
+    return weight + step.T
 
 
 def excess(weight: Tensor, gram: Tensor, cross: Tensor) -> float:
