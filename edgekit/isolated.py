@@ -99,6 +99,10 @@ class IsolatedSession:
             answer: _Answer = pickle.load(cast(BinaryIO, self._child.stdout))
         except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise self._ended() from error
+        except BaseException:  # half an answer was read, or the next call would get this one's
+            self._child.terminate()
+            self.close()
+            raise
         if answer.error is not None:
             raise _rebuilt(*answer.error)
         value, self.plan, self.changes = answer.value
