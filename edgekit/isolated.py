@@ -2,7 +2,8 @@
 
 The child is a plain Python with edgekit; requests and answers are pickles over its standard input
 and output, one after the other, and text comes piece by piece as it is asked for. It ends with its
-input. A kill by the memory manager becomes `DoesNotFitError`, another signal `EdgekitError`.
+input, or when a call is interrupted. A kill by the memory manager becomes `DoesNotFitError`,
+another signal `EdgekitError`.
 """
 
 import contextlib
