@@ -5,7 +5,7 @@ chunks being decoded.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -66,6 +66,20 @@ class Ahead:
 
     def piece(self, index: int) -> memoryview:
         """The bytes of piece ``index``, there until the next call; the next ones are begun."""
+        try:
+            self._begin(index)
+            made, self._lent = self._made.pop(index)
+            block = made.result()
+        except BaseException:
+            self.drop()
+            raise
+        while len(self._made) > 2 * self._n_ahead:
+            passed, _ = self._made.pop(next(iter(self._made)))
+            passed.cancel()  # where it is too late a thread writes into its room: nobody gets it
+        return block
+
+    def _begin(self, index: int) -> None:
+        """Have piece ``index`` made and some behind it, in rooms that nobody reads any more."""
         if self._lent is not None:
             self._free.append(self._lent)
         self._given.add(index)
@@ -74,16 +88,6 @@ class Ahead:
             if i not in self._made:
                 room = self._free.pop() if self._free else np.empty(self._room, np.uint8)
                 self._made[i] = self._pool.submit(self._pieces[i].make, room), room
-        made, self._lent = self._made.pop(index)
-        try:
-            block = made.result()
-        except BaseException:
-            self.drop()
-            raise
-        while len(self._made) > 2 * self._n_ahead:
-            passed, _ = self._made.pop(next(iter(self._made)))
-            passed.cancel()
-        return block
 
     def drop(self) -> None:
         """Forget what was made ahead, once the threads have let go of it."""
@@ -157,6 +161,7 @@ class Assembly:
         done, n_bytes = 0, max(0, min(len(buffer), self.size - offset))
         while done < n_bytes:
             if not self._rest or self._at != offset + done:
+                self._rest = _NOTHING  # its memory is given away now, also where this fails
                 self._rest = self._bytes_from(self._ahead, offset + done)
             here = min(len(self._rest), n_bytes - done)
             buffer[done : done + here] = self._rest[:here]
@@ -165,7 +170,7 @@ class Assembly:
             self._at = offset + done
         return done
 
-    def stream(self, offset: int = 0) -> Iterator[memoryview]:
+    def stream(self, offset: int = 0) -> Generator[memoryview, None, None]:
         """The bytes from ``offset`` to the end, decoded a few chunks ahead on the threads.
 
         Each block is there until the next one is asked for.

@@ -64,8 +64,18 @@ def has_model(path: Path) -> bool:
 
 
 def stamp(path: Path) -> None:
-    """Vouch for the model at ``path``, which was just written."""
-    write_atomically(_stamp(path), json.dumps(identity(path)).encode())
+    """Vouch for the model at ``path``, which was just written.
+
+    Raises:
+        EdgekitError: Another process removed it in between.
+    """
+    try:
+        seen = identity(path)
+    except FileNotFoundError as error:
+        raise EdgekitError(
+            f"{path} was removed from the cache by another process; load again"
+        ) from error
+    write_atomically(_stamp(path), json.dumps(seen).encode())
 
 
 def identity(file: Path) -> list[int]:

@@ -284,7 +284,8 @@ class Engine:
         if self._settings.residency == "auto":
             return None
         cache.make_room(n_bytes)
-        materialize(self._artifact, plan.depths, path, n_threads=n_threads)
+        # another process may have made it by now
+        materialize(self._artifact, plan.depths, path, force=True, n_threads=n_threads)
         cache.stamp(path)
         return path
 

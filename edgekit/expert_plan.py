@@ -5,11 +5,19 @@ from dataclasses import replace
 from edgekit.catalog import Catalog
 from edgekit.errors import DoesNotFitError, UsageError
 from edgekit.expert_budget import PAGING_BYTES, SomeResident, expert_stacks, paged
-from edgekit.footprint import Memory
-from edgekit.plan import Plan, batch_and_memory, context_of, plan_budget, plan_of, shape_in
-from edgekit.planner import Depths, fill
+from edgekit.footprint import Memory, memory_of
+from edgekit.plan import (
+    Plan,
+    batch_and_memory,
+    context_of,
+    plan_budget,
+    plan_of,
+    shape_in,
+    shorter,
+    too_small,
+)
+from edgekit.planner import Depths, fill, uniform
 from edgekit.routing.gguf_keys import is_expert_tensor
-from edgekit.sizes import format_size
 
 
 def plan_any(
@@ -43,7 +51,7 @@ def plan_any(
     try:
         return plan_budget(catalog, budget_bytes, context, kv_type, held)
     except DoesNotFitError:
-        if not pager or n_experts <= n_used:
+        if not pager or not _saves(catalog, n_experts, n_used):
             raise
     return plan_paged(catalog, budget_bytes, context, kv_type, held)
 
@@ -77,16 +85,18 @@ def plan_paged(
     n_tokens = context_of(shape, context)
     n = n_used if expert_cache is None else expert_cache
     bounds = _weights(catalog, n, 0), _weights(catalog, n, -1)
-    batch, memory = batch_and_memory(shape, n_tokens, kv_type, held, bounds, budget_bytes)
-    memory = replace(memory, overhead_bytes=memory.overhead_bytes + PAGING_BYTES)
+    batch, memory = batch_and_memory(
+        shape, n_tokens, kv_type, held, bounds, budget_bytes - PAGING_BYTES
+    )
+    memory = _paging(memory)
     left = budget_bytes - memory.total
     if bounds[0] > left:
-        need = bounds[0] + memory.total
-        raise DoesNotFitError(
-            f"the lowest depth with {n} of {n_experts} experts per layer resident needs "
-            f"{format_size(need)} at a context of {n_tokens}, the budget is "
-            f"{format_size(budget_bytes)}; give --budget {-(-need // 2**20)}MiB"
-        )
+        needs = {
+            length: _paging(memory_of(shape, length, kv_type, batch, held)).total
+            for length in shorter(n_tokens)
+        }
+        what = f"the lowest depth with {n} of {n_experts} experts per layer resident"
+        raise DoesNotFitError(too_small(what, bounds[0], memory, budget_bytes, n_tokens, needs))
     if expert_cache is None:
         while n + 1 < n_experts and _weights(catalog, n + 1, 0) <= left:
             n += 1
@@ -99,9 +109,17 @@ def plan_paged(
 
 def with_pager(memory: Memory, plan: Plan) -> Memory:
     """``memory`` with what paging takes, where ``plan`` has experts on demand."""
-    if plan.paged is None:
-        return memory
+    return memory if plan.paged is None else _paging(memory)
+
+
+def _paging(memory: Memory) -> Memory:
     return replace(memory, overhead_bytes=memory.overhead_bytes + PAGING_BYTES)
+
+
+def _saves(catalog: Catalog, n_experts: int, n_used: int) -> bool:
+    """Whether the experts of one token, paged, take less than all of them; not in a small model."""
+    lowest = uniform(catalog.stacks, lambda stack: stack.tiers[0]).weights_bytes
+    return n_used < n_experts and _weights(catalog, n_used, 0) + PAGING_BYTES < lowest
 
 
 def _weights(catalog: Catalog, n: int, depth: int) -> int:

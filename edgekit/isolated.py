@@ -2,7 +2,8 @@
 
 The child is a plain Python with edgekit; requests and answers are pickles over its standard input
 and output, one after the other, and text comes piece by piece as it is asked for. It ends with its
-input. A kill by the memory manager becomes `DoesNotFitError`, another signal `EdgekitError`.
+input, or when a call is interrupted. A kill by the memory manager becomes `DoesNotFitError`,
+another signal `EdgekitError`.
 """
 
 import contextlib
@@ -99,6 +100,10 @@ class IsolatedSession:
             answer: _Answer = pickle.load(cast(BinaryIO, self._child.stdout))
         except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise self._ended() from error
+        except BaseException:  # half an answer was read, or the next call would get this one's
+            self._child.terminate()
+            self.close()
+            raise
         if answer.error is not None:
             raise _rebuilt(*answer.error)
         value, self.plan, self.changes = answer.value

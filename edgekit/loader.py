@@ -76,7 +76,7 @@ def load(
     if runtime not in RUNTIMES:
         raise UnknownNameError("runtime", runtime, RUNTIMES)
     if runtime == "onnx":
-        _refuse_llamas(
+        refuse_llamas(
             kv_type=kv_type != "f16",
             residency=residency != "auto",
             repack=repack,
@@ -108,8 +108,12 @@ def runtime_of(folder: Path) -> str:
     return "llama" if read_manifest(folder).has_gguf else "onnx"
 
 
-def _refuse_llamas(**given: bool) -> None:
-    """Options that mean something to llama.cpp only are refused, not passed over."""
+def refuse_llamas(**given: bool) -> None:
+    """Refuse options that mean something to llama.cpp only, rather than pass over them.
+
+    Raises:
+        UsageError: One of them is given; the values of the keywords say so.
+    """
     names = [name for name, is_given in given.items() if is_given]
     if names:
         raise UsageError(

@@ -3,6 +3,7 @@
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -43,8 +44,15 @@ def materialize(
     """
     started = time.monotonic()
     check_output(output, force)
-    assembly = Assembly(artifact, depths, n_threads or os.cpu_count() or 1)
-    require_free(output.parent, assembly.size, f"writing {output}")
+    with Assembly(artifact, depths, n_threads or os.cpu_count() or 1) as assembly:
+        require_free(output.parent, assembly.size, f"writing {output}")
+        _write(assembly, output)
+    seconds = round(time.monotonic() - started, 3)
+    return Materialized(str(output), assembly.size, seconds, _tensors(artifact, depths))
+
+
+def _write(assembly: Assembly, output: Path) -> None:
+    """Write it under another name first."""
     partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
@@ -54,15 +62,13 @@ def materialize(
             partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
-    seconds = round(time.monotonic() - started, 3)
-    return Materialized(str(output), assembly.size, seconds, _tensors(artifact, depths))
 
 
 def _write_synced(assembly: Assembly, file: BinaryIO) -> None:
     """Write the whole file; the disk takes what is written while the next chunks are decoded."""
     unsynced, syncs = 0, list[Future[None]]()
-    with ThreadPoolExecutor(1) as background:
-        for block in assembly.stream():
+    with ThreadPoolExecutor(1) as background, closing(assembly.stream()) as blocks:
+        for block in blocks:
             file.write(block)
             unsynced += len(block)
             if unsynced >= SYNC_BYTES:

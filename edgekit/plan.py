@@ -98,8 +98,10 @@ def plan_budget(
         shape, n_tokens, kv_type, held, (lowest, highest), budget_bytes
     )
     if lowest + memory.total > budget_bytes:
-        needs = {n: memory_of(shape, n, kv_type, batch, held).total for n in _shorter(n_tokens)}
-        raise DoesNotFitError(_too_small(lowest, memory, budget_bytes, n_tokens, needs))
+        needs = {n: memory_of(shape, n, kv_type, batch, held).total for n in shorter(n_tokens)}
+        raise DoesNotFitError(
+            too_small("the lowest depth", lowest, memory, budget_bytes, n_tokens, needs)
+        )
     order = catalog.order(catalog.manifest.resident_order)
     depths = fill(catalog.stacks, order, budget_bytes - memory.total)
     plan = plan_of(catalog, depths, memory, budget_bytes, n_tokens, batch, kv_type)
@@ -212,15 +214,24 @@ def context_of(shape: Shape, asked: int | None) -> int:
     return asked
 
 
-def _shorter(context: int) -> list[int]:
+def shorter(context: int) -> list[int]:
     """Contexts that a message may propose, longest first."""
     return [n for i in range(1, 20) if (n := context >> i) >= LEAST_CONTEXT]
 
 
-def _too_small(
-    lowest: int, memory: Memory, budget: int, context: int, needs: Mapping[int, int]
+def too_small(
+    what: str, lowest: int, memory: Memory, budget: int, context: int, needs: Mapping[int, int]
 ) -> str:
-    """One line: what the lowest depth needs, what there is, which budget or context would fit."""
+    """One line: what is needed, what there is, which budget or context would fit.
+
+    Args:
+        what: Would be loaded.
+        lowest: Its bytes of weights.
+        memory: All else that it needs at ``context``.
+        budget: What there is, bytes.
+        context: Tokens that are asked for.
+        needs: All else that it needs, bytes, at shorter contexts, longest first.
+    """
     need = lowest + memory.total
     fitting = next((n for n, rest in needs.items() if lowest + rest <= budget), None)
     least = min(needs, default=context)
@@ -231,7 +242,7 @@ def _too_small(
     elif _mib_up(least_need) < _mib_up(need):
         hint += f", or {_mib_up(least_need)}MiB with --context {least}"
     return (
-        f"the lowest depth needs {format_size(need)} at a context of {context} "
+        f"{what} needs {format_size(need)} at a context of {context} "
         f"(weights {format_size(lowest)}, KV cache {format_size(memory.kv_bytes)}, compute "
         f"{format_size(memory.compute_bytes)}, process {format_size(memory.overhead_bytes)}), the "
         f"budget is {format_size(budget)}; {hint}"

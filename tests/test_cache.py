@@ -55,6 +55,13 @@ def test_a_file_that_is_not_as_it_was_written_is_thrown_away(damage: str) -> Non
     assert not path.exists() and not path.with_suffix(".stamp").exists()
 
 
+def test_a_model_that_another_process_removed_is_not_vouched_for() -> None:
+    path = put(100, "a")
+    path.unlink()
+    with pytest.raises(EdgekitError, match="removed from the cache by another process; load again"):
+        cache.stamp(path)
+
+
 def test_the_one_used_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEKIT_CACHE_LIMIT", "1000")
     paths = [put(300, name) for name in "abc"]

@@ -196,6 +196,10 @@ def test_what_is_pulled_is_for_llama_cpp_and_the_rest_counts_as_not_here(made, t
     runner = CliRunner()
     done = runner.invoke(main, ["plan", str(pulled), "--runtime", "onnx", *words])
     assert done.exit_code == 0
+    for option in (["--kv-type", "q8_0"], ["--expert-cache", "4"]):
+        done = runner.invoke(main, ["plan", str(pulled), "--runtime", "onnx", *option])
+        assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert "ONNX Runtime has no such choice" in done.stderr
     done = runner.invoke(main, ["eval", str(pulled), "--runtime", "onnx", "--text", __file__])
     assert done.exit_code == 5 and "pulled/onnx is not here; copy it from" in done.stderr
     done = runner.invoke(

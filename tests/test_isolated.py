@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,4 +79,21 @@ def test_an_interrupt_and_a_closed_session_leave_no_process(session: IsolatedSes
     session.close()
     assert session._child.returncode == 0
     with pytest.raises(EdgekitError, match="ended with exit code 0; load again"):
+        session.adapt()
+
+
+def test_an_interrupted_call_ends_the_session_as_its_answer_would_go_to_the_next(
+    session: IsolatedSession,
+) -> None:
+    generation = session.generate("The quick brown", 400, GREEDY)
+    next(generation.pieces)
+    session._child.send_signal(signal.SIGSTOP)  # so the interrupt comes before the answer
+    interrupt = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    goes_on = threading.Timer(0.5, session._child.send_signal, (signal.SIGCONT,))
+    with pytest.raises(KeyboardInterrupt):
+        interrupt.start()
+        goes_on.start()
+        session.resize(ROOMY // 2)
+    goes_on.join()
+    with pytest.raises(EdgekitError, match="process ended with SIGTERM; load again"):
         session.adapt()

@@ -3,8 +3,12 @@
 import errno
 import os
 import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import llama_cpp
@@ -16,6 +20,7 @@ from edgekit import materialize as module
 from edgekit.artifact import Artifact, open_artifact
 from edgekit.assembly import Ahead, Assembly, Piece
 from edgekit.errors import DiskFullError, DoesNotFitError, RefusedError, UsageError
+from edgekit.exporters.gguf import tensor_offsets
 from edgekit.kernels.ggml import ByteArray
 from edgekit.materialize import materialize, preview
 from edgekit.plan import plan_budget, plan_json, plan_tier, plan_weights
@@ -81,6 +86,44 @@ def test_pieces_that_are_passed_over_are_made_once_all_the_same() -> None:
     order = [0, 39, *range(1, 11), *range(21, 31), *range(11, 21), *range(31, 39)]
     assert [ahead.piece(i)[0] for i in order] == order
     assert sorted(made) == list(range(40))
+
+
+@contextmanager
+def no_memory_for_rooms() -> Iterator[None]:
+    def full(*_: object) -> ByteArray:
+        time.sleep(0.1)  # what was begun gets on
+        raise MemoryError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgekit.assembly.np", SimpleNamespace(empty=full, uint8=np.uint8))
+        yield
+
+
+def test_memory_is_not_given_twice_after_a_failure() -> None:
+    def make(i: int, room: ByteArray) -> memoryview:
+        room[:] = i
+        return room.data
+
+    pieces = [Piece(i, 1, partial(make, i), room=1) for i in range(40)]
+    ahead = Ahead(pieces, n_threads=1)
+    ahead.piece(0)
+
+    with no_memory_for_rooms(), pytest.raises(MemoryError):
+        ahead.piece(10)
+    assert [ahead.piece(i)[0] for i in (11, 10, 1, 2)] == [11, 10, 1, 2]
+
+
+def test_after_a_read_that_failed_another_one_goes_on_where_the_last_was(artifact: Path) -> None:
+    with open_artifact(artifact) as opened:
+        depths = mixed(opened)
+        assembly, again = Assembly(opened, depths), Assembly(opened, depths)
+        gguf, data = assembly.gguf, again.read(0, again.size)
+        offsets = tensor_offsets(gguf.tensors, gguf.alignment)
+        first, other = (gguf.data_offset + offsets[i] for i in (0, len(offsets) // 2))
+        assert assembly.read(first, 10) == data[first : first + 10]
+        with no_memory_for_rooms(), pytest.raises(MemoryError):
+            assembly.read(other, 1)
+        assert assembly.read(first + 10, 100) == data[first + 10 : first + 110]
 
 
 def test_ten_thousand_small_reads_in_a_row_are_the_files_bytes(llama_artifact: Path) -> None:

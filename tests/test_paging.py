@@ -1,6 +1,7 @@
 """Experts on demand give the logits of the fully resident model, bit for bit."""
 
 import os
+import re
 import shutil
 import signal
 import threading
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 from converted import plain, tiny
 from paged import TRAINED, paged, tokens
 
-from edgekit.artifact import open_artifact
+from edgekit.artifact import Artifact, open_artifact
 from edgekit.cli import main
 from edgekit.decode import chunks_of
 from edgekit.errors import DoesNotFitError, EdgekitError, RefusedError, UsageError
@@ -278,6 +279,27 @@ def test_every_level_of_an_expert_is_read_once_in_however_many_chunks(tmp_path, 
     assert told == n_read == sum(level.parts[1].n_bytes for level in stack.levels[:2])
 
 
+def named_budget(error: DoesNotFitError) -> int:
+    """MiB."""
+    match = re.search(r"; give --budget (\d+)MiB", str(error))
+    assert match is not None, error
+    return int(match[1])
+
+
+def is_least(artifact: Artifact, mib: int, context: int) -> bool:
+    """Whether a plan fits ``mib`` MiB and none fits one less."""
+    with pytest.raises(DoesNotFitError):
+        plan_any(artifact, mib - 1 << 20, context)
+    return plan_any(artifact, mib << 20, context).total_bytes <= mib << 20
+
+
+def test_a_model_too_small_for_paging_to_pay_is_told_the_budget_for_all_its_experts(qwen):
+    with open_artifact(qwen) as opened:
+        with pytest.raises(DoesNotFitError, match="the lowest depth needs") as error:
+            plan_any(opened, 1, 256)
+        assert is_least(opened, named_budget(error.value), 256)
+
+
 def test_experts_are_paged_when_not_even_the_lowest_depth_fits(tmp_path):
     checkpoint = tiny(
         tmp_path / "c", "qwen3_moe", dtype="bfloat16", width="wide", num_experts=64,
@@ -296,8 +318,16 @@ def test_experts_are_paged_when_not_even_the_lowest_depth_fits(tmp_path):
         assert tiers == {"Q4_K"}
         with pytest.raises(DoesNotFitError, match="--budget"):
             plan_any(opened, budget, 256, pager=False)
-        with pytest.raises(DoesNotFitError, match="3 of 64 experts per layer"):
+        with pytest.raises(DoesNotFitError, match="3 of 64 experts per layer") as error:
             plan_any(opened, whole.memory.total, 256)
+        assert is_least(opened, named_budget(error.value), 256)
+        with pytest.raises(
+            DoesNotFitError, match=r"give --budget \d+MiB, or --context \d+$"
+        ) as error:
+            plan_any(opened, budget, 1 << 16)
+        assert is_least(opened, named_budget(error.value), 1 << 16)
+        shorter = int(str(error.value).rpartition(" ")[2])
+        assert plan_any(opened, budget, shorter).total_bytes <= budget
     with load(artifact, budget, 256, n_threads=1, follow=False) as session:
         text = "".join(session.generate("a text", 20))
         assert session.paging is not None and session.paging.n_missing > 0

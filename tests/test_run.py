@@ -255,3 +255,17 @@ def test_a_neighbour_that_eats_memory_takes_depth_and_gives_it_back(larger: str)
     assert body["n_gen"] == 1400
     assert 2 <= len(body["changes"]) <= 10
     assert body["plan"]["budget_bytes"] == budget
+
+
+def test_a_text_in_two_runs_with_a_state_is_the_text_of_one(artifact: str, tmp_path: Path) -> None:
+    words = [*EDGEKIT, "run", artifact, "--budget", "1GiB", "--context", "256", "--no-follow"]
+    words += ["--threads", "1", "--temperature", "0", "--ignore-eos", "--raw", "--json"]
+
+    def text(prompt: str, n: int, *more: str) -> str:
+        done = subprocess.run(
+            [*words, "-p", prompt, "-n", str(n), *more], capture_output=True, text=True, check=True
+        )
+        return str(json.loads(done.stdout)["text"])
+
+    state = ("--state", str(tmp_path / "state"))
+    assert text("a b c", 12, *state) + text("", 12, *state) == text("a b c", 24)

@@ -301,6 +301,14 @@ def test_auto_maps_what_the_cache_has_and_writes_nothing(
     model.write_bytes(model.read_bytes()[:-1] + b"x")  # damaged: made anew
     with edgekit.load(artifact, ROOMY, 512, residency="mapped", follow=False):
         assert model.read_bytes()[-1:] != b"x"
+    model.unlink()
+
+    def made_meanwhile(n_bytes: int) -> None:  # by another process
+        model.write_bytes(bytes(n_bytes))
+
+    monkeypatch.setattr(cache, "make_room", made_meanwhile)
+    with edgekit.load(artifact, ROOMY, 512, residency="mapped", follow=False) as session:
+        assert len(text(session, 2)) > 0
 
 
 def test_repacking_is_counted_and_only_done_where_it_fits(artifact: Path) -> None:

@@ -46,6 +46,8 @@ def plan(
         edgekit plan llama-edge --device pixel-8
     """
     profile, runtime = _profile(device, budget), runtime or _runtime_of(artifact)
+    if runtime == "onnx":
+        _refuse_llamas(kv_type=kv_type != "f16", expert_cache=expert_cache is not None)
     if profile is not None:
         budget = profile.budget_bytes
         note(f"budget {format_size(budget)}: {profile.name}, {profile.app_share.source}")
@@ -86,6 +88,12 @@ def _runtime_of(artifact: Path) -> str:
     from edgekit.loader import runtime_of
 
     return runtime_of(artifact)
+
+
+def _refuse_llamas(**given: bool) -> None:
+    from edgekit.loader import refuse_llamas
+
+    refuse_llamas(**given)
 
 
 def _onnx_plan(artifact: Path, budget: int, context: int | None) -> dict[str, Any]:

@@ -103,6 +103,8 @@ def run(
         with _kept(session, state) as more:
             generation = session.generate(text, n_tokens, sampling, chat=not raw, stop=stop, **more)
             pieces = list(_shown(generation, as_json))
+            if state is not None:
+                _take_last(session, generation)
         if as_json:
             print_json(_report(session, generation, "".join(pieces)))
         else:
@@ -126,6 +128,13 @@ def _kept(session: "Session", state: Path | None) -> Iterator[dict[str, Any]]:
         yield {"after": is_old}
     finally:
         session.save(state)
+
+
+def _take_last(session: "Session", generation: "Generation") -> None:
+    """Decode the last token where the text was cut off: it is drawn, but not in the context."""
+    context = session.context
+    if generation.stopped == "length" and generation.ids and len(context.tokens) < context.n_ctx:
+        context.decode(generation.ids[-1:], "none")
 
 
 def _shown(pieces: Iterable[str], is_quiet: bool) -> Iterator[str]:

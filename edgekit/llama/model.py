@@ -6,7 +6,7 @@ import io
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -367,13 +367,3 @@ def _check_whole(source: Path | VirtualFile, header: Gguf) -> None:
         raise UnsupportedError(
             f"{name} is one of {parts} parts of a model; join them with llama-gguf-split --merge"
         )
-
-
-def opened(source: "Path | VirtualFile | Model") -> contextlib.AbstractContextManager[Model]:
-    """Open ``source`` unless it is a model already, which then stays open."""
-    return contextlib.nullcontext(source) if isinstance(source, Model) else open_model(source)
-
-
-def pieces(model: Model, ids: Sequence[int]) -> Iterator[bytes]:
-    """The bytes of each token in turn."""
-    return (model.piece(token) for token in ids)
