@@ -10,7 +10,8 @@ from converted import tiny
 
 from edgekit.cli import main
 from edgekit.prune_report import verdict
-from edgekit.pruning.compare import ROWS
+from edgekit.pruning import choose, compare
+from edgekit.pruning.compare import ROWS, Comparison, Row
 from edgekit.pruning.metrics import METRICS
 from edgekit.pruning.prune import Options, prune
 
@@ -49,6 +50,39 @@ def test_a_short_text_and_an_existing_output_are_refused(checkpoint: Path, tmp_p
     (tmp_path / "out").mkdir()
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 2 and "exists; choose another -o" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("model_type", "arguments", "message"),
+    [
+        ("smallthinker", ["--ratio", "0.2"], "has no SmallThinkerForCausalLM"),
+        ("llama", ["--ratio", "0.3", "--layers", "1"], "give --layers 0"),
+    ],
+)
+def test_a_model_that_cannot_be_pruned_so_leaves_nothing(
+    model_type: str,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = tiny(tmp_path / "source", model_type, width="wide")
+    monkeypatch.setattr(choose, "is_allowed", lambda *_: False)  # as of a graph that counts layers
+    command = ["prune", str(source), "-o", str(tmp_path / "out"), "--tokens", "2048", *arguments]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code in (1, 5) and message in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_ways_that_a_model_cannot_be_pruned_in_are_left_out_of_the_comparison(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "is_allowed", lambda *_: False)
+    shares = {name: Row("magnitude", tunes=False, shares=name) for name in ("layers", "widths")}
+    monkeypatch.setattr(compare, "ROWS", shares)
+    comparison = Comparison(checkpoint, n_tokens=512)
+    assert [row["name"] for row in comparison.rows(0.22)] == ["widths"]
+    assert comparison.rows(0.01) == []
 
 
 def test_a_dry_run_lists_combinations_and_writes_nothing(checkpoint: Path, tmp_path: Path) -> None:
