@@ -116,17 +116,25 @@ def test_convert_with_prune_equals_pruning_and_then_converting(
 
 
 def test_the_verdict_says_when_quantization_alone_is_better() -> None:
-    def row(model: str, n_bytes: int, kl: float, speed: float) -> dict[str, Any]:
+    def row(
+        model: str, n_bytes: int, kl: float, speed: float, spread: float = 0.05
+    ) -> dict[str, Any]:
         figures = {"weights_bytes": n_bytes, "kl_mean": kl, "tokens_per_second": speed}
-        return {"model": model, "at": "Q4_K", **figures}
+        budget = {"budget_bytes": n_bytes + 1} if model == "pruned" else {}
+        return {"model": model, "at": "bytes of Q4_K", **figures, **budget, "speed_spread": spread}
 
     pruned = row("pruned", 100, 0.3, 50)
     (line,) = verdict([pruned, row("whole", 100, 0.2, 40), row("whole", 90, 0.4, 60)])
     assert "at equal bytes quantization alone is better (KL 0.2 whole, 0.3 pruned)" in line
     assert "at equal tokens/s pruning is better (KL 0.4 whole, 0.3 pruned)" in line
     assert "bytes quantization alone cannot get there" in verdict([pruned])[0]
+    (fuller,) = verdict([pruned, row("whole", 101, 0.2, 40), row("whole", 102, 0.1, 40)])
+    assert "at equal bytes quantization alone is better (KL 0.2 whole" in fuller
     (near,) = verdict([pruned, row("whole", 100, 0.2, 49)])  # as fast, within what timing can tell
     assert "at equal tokens/s quantization alone is better" in near
+    (unsteady,) = verdict([pruned, row("whole", 100, 0.2, 49, spread=0.3)])
+    assert "at equal bytes quantization alone is better" in unsteady
+    assert "speeds cannot be compared, timings of one model differ by 30%" in unsteady
 
 
 def test_the_command_offers_every_metric_of_the_table() -> None:

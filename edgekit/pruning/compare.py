@@ -78,6 +78,7 @@ class Comparison:
         self.fit, self.probe, held = tokens(self.checkpoint, self.mapping, text, n_tokens)
         self.measured = Probe.of(self.checkpoint, self.dense, held)
         self._effects: list[Effects] = []
+        self._known: dict[tuple[Row, Cut], Json] = {}
 
     def rows(self, ratio: float) -> list[Json]:
         """Figures of every way at about ``ratio``; ways that cannot come near it are left out."""
@@ -109,6 +110,13 @@ class Comparison:
         return sorted(fewer, key=lambda cut: abs(ratio_of(self.mapping, cut) - ratio))[:1]
 
     def _figures(self, row: Row, cut: Cut) -> Json:
+        """Of one way; where shares chosen and shares given come to one cut, it is run once."""
+        key = replace(row, shares=""), cut
+        if key not in self._known:
+            self._known[key] = self._run(row, cut)
+        return self._known[key]
+
+    def _run(self, row: Row, cut: Cut) -> Json:
         started = time.monotonic()
         metric = METRICS[row.metric]
         seen = self._of_taylor() if metric.needs_effect else []
