@@ -95,7 +95,7 @@ def _convert_pruned(
         prune(folder, pruned, replace(asked, force=not options.resume), progress, command)
     source = folder if done else pruned
     report = convert(source, output, replace(options, prune=0.0), progress, command)
-    shutil.rmtree(place, ignore_errors=True)
+    Spool(place).remove()  # at once: a kill half-way is no conversion to resume
     return report
 
 
@@ -376,7 +376,7 @@ class _Conversion:
 
 
 def gguf_metadata(checkpoint: Checkpoint, mapping: Mapping) -> dict[str, Value]:
-    """All metadata of the base: the architecture\'s, and the tokenizer\'s."""
+    """All metadata of the base: the architecture's, and the tokenizer's."""
     tokenizer = tokenizer_metadata(checkpoint.folder, dict(checkpoint.config), mapping.vocab_size)
     version = {"general.quantization_version": u32(QUANTIZATION_VERSION)}
     return dict(mapping.metadata) | version | tokenizer

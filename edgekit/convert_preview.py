@@ -30,24 +30,22 @@ def preview(folder: Path, output: Path, options: Options) -> Report:
     checkpoint = Checkpoint.open(folder)
     require_free_name(output, options)
     mapping = map_checkpoint(checkpoint)
+    source = sum(checkpoint.files.values())
+    has_onnx = "onnx" in options.formats
+    onnx = _onnx_bytes(checkpoint, mapping, options.block_size) if has_onnx else 0
     if "gguf" not in options.formats:
-        size = _onnx_bytes(checkpoint, mapping, options.block_size)
-        source = sum(checkpoint.files.values())
-        return Report(str(output), source, 0, 0, size, {}, len(mapping.tensors), 0.0)
+        return Report(str(output), source, 0, 0, onnx, {}, len(mapping.tensors), 0.0)
     gguf_metadata(checkpoint, mapping)
     codec = CODECS[options.codec]
     stacks = [_empty_stack(tensor, codec, options.tiers) for tensor in mapping.tensors]
     base = sum(resident_bytes(stack, stack.tiers[0]) for stack in stacks)
-    source = sum(checkpoint.files.values())
-    onnx = 0
-    if "onnx" in options.formats:
-        onnx = _onnx_bytes(checkpoint, mapping, options.block_size)
+    all_levels = int(codec.size_bound(options.tiers) * source)
     return Report(
         artifact=str(output),
         source_bytes=source,
         base_bytes=base,
-        levels_bytes=int(codec.size_bound(options.tiers) * source) - base,
-        artifact_bytes=int(codec.size_bound(options.tiers) * source) + onnx,
+        levels_bytes=all_levels - base,
+        artifact_bytes=all_levels + onnx,
         tiers=tier_bytes(stacks, options.tiers),
         n_tensors=len(stacks),
         seconds=0.0,

@@ -220,8 +220,8 @@ def build(class_name: str, config: Mapping[str, Any]) -> Any:
     model_class = getattr(transformers, class_name, None)
     if model_class is None:
         raise EdgekitError(
-            f"transformers {transformers.__version__} has no {class_name}, which runs this "
-            "checkpoint; convert with --imatrix FILE or --no-calibration"
+            f"transformers {transformers.__version__} has no {class_name}, which calibrating "
+            "and pruning run; convert with --imatrix FILE or --no-calibration, unpruned"
         )
     kept = {k: v for k, v in config.items() if k not in _CODE and not k.startswith("_")}
     kept = deepcopy(kept)  # transformers writes into it

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from edgekit.artifact import Artifact, open_artifact
@@ -33,6 +34,7 @@ TIERS = ("Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0", "source")
 N_TOKENS = 2048  # scored per model
 N_TIMED, N_RUNS = 32, 9  # tokens decoded per timing, and timings, of which the fastest counts
 SAME_SPEED = 0.97  # speeds this near each other count as equal
+MAX_SPREAD = 0.1  # between timings of one model; where they differ more, no speed is compared
 
 
 def report(folder: Path, pruned: Path, options: Options, progress: Progress) -> Json:
@@ -67,12 +69,13 @@ def report(folder: Path, pruned: Path, options: Options, progress: Progress) -> 
 def against_quantization(
     folder: Path, pruned: Path, text: Path | None, progress: Progress
 ) -> list[Json]:
-    """Pruned and quantized at each tier, beside the whole model at the same bytes.
+    """Pruned and quantized to the bytes of each tier, beside the whole model at the same bytes.
 
     Returns:
         Rows with ``model`` (``pruned`` or ``whole``), ``at``, ``weights_bytes``, ``kl_mean`` to the
-        source, ``ppl`` and ``tokens_per_second``; each pruned row is followed by the whole model
-        filled up to its bytes in the artifact's own order.
+        source, ``ppl``, ``tokens_per_second`` and ``speed_spread``; each pruned row, with its
+        ``budget_bytes``, is followed by the whole model within the same budget. Both are filled up
+        in their artifact's own order, so neither comes to the last byte of it.
     """
     asked = ConvertOptions(tiers=TIERS, calibration=text, measure=False)
     with tempfile.TemporaryDirectory(prefix="edgekit-report-") as name:
@@ -87,7 +90,6 @@ def against_quantization(
 
 def _rows(whole: Artifact, small: Artifact, progress: Progress) -> list[Json]:
     rows: list[Json] = []
-    order = whole.order(whole.manifest.resident_order)
     highest = uniform(whole.stacks, lambda stack: stack.tiers[-1])
     least = uniform(whole.stacks, lambda stack: stack.tiers[0]).weights_bytes
     progress.start("compare", 2 * len(TIERS))
@@ -96,11 +98,11 @@ def _rows(whole: Artifact, small: Artifact, progress: Progress) -> list[Json]:
         Reference.open(source, heldout_text(), n_tokens=N_TOKENS) as reference,
     ):
         for tier in TIERS:
-            depths = uniform(small.stacks, partial(tier_at, tier=tier))
-            rows.append({"model": "pruned", "at": tier, **_measured(small, depths, reference)})
-            if depths.weights_bytes >= least:
-                same = fill(whole.stacks, order, depths.weights_bytes)
-                row = _measured(whole, same, reference)
+            n_bytes = uniform(small.stacks, partial(tier_at, tier=tier)).weights_bytes
+            row = {"budget_bytes": n_bytes, **_measured(small, _filled(small, n_bytes), reference)}
+            rows.append({"model": "pruned", "at": f"bytes of {tier}", **row})
+            if n_bytes >= least:
+                row = _measured(whole, _filled(whole, n_bytes), reference)
                 rows.append({"model": "whole", "at": f"bytes of pruned {tier}", **row})
             progress.advance(1)
         for tier in TIERS[:-1]:
@@ -110,6 +112,10 @@ def _rows(whole: Artifact, small: Artifact, progress: Progress) -> list[Json]:
     return rows
 
 
+def _filled(artifact: Artifact, n_bytes: int) -> Depths:
+    return fill(artifact.stacks, artifact.order(artifact.manifest.resident_order), n_bytes)
+
+
 def _measured(artifact: Artifact, depths: Depths, reference: Reference) -> Json:
     with Assembly(artifact, depths) as source:
         found = evaluate(source, reference)
@@ -117,12 +123,15 @@ def _measured(artifact: Artifact, depths: Depths, reference: Reference) -> Json:
         "weights_bytes": depths.weights_bytes,
         "kl_mean": found.kl_mean,
         "ppl": found.ppl,
-        "tokens_per_second": _speed(artifact, depths),
+        **_speed(artifact, depths),
     }
 
 
-def _speed(artifact: Artifact, depths: Depths) -> float:
-    """Tokens decoded per second, one at a time: the run that other processes disturbed least."""
+def _speed(artifact: Artifact, depths: Depths) -> Json:
+    """Tokens decoded per second, one at a time: the run that other processes disturbed least.
+
+    ``speed_spread`` is by how much more time the median run took.
+    """
     with (
         Assembly(artifact, depths) as source,
         open_model(source) as model,
@@ -135,19 +144,26 @@ def _speed(artifact: Artifact, depths: Depths) -> float:
             for token in range(N_TIMED):
                 context.decode([token % model.vocab.n_tokens])
             seconds.append(time.perf_counter() - started)
-    return round(N_TIMED / min(seconds), 1)
+    fastest = min(seconds)
+    return {
+        "tokens_per_second": round(N_TIMED / fastest, 1),
+        "speed_spread": round(median(seconds) / fastest - 1, 3),
+    }
 
 
 def verdict(rows: Sequence[Json]) -> list[str]:
-    """One line for each tier of the pruned model: who is better at equal bytes, at equal speed."""
+    """One line for each size of the pruned model: who is better at equal bytes, at equal speed."""
     lines = []
+    spread = max(row["speed_spread"] for row in rows)
     whole = [row for row in rows if row["model"] == "whole"]
     for row in (row for row in rows if row["model"] == "pruned"):
-        small = [w for w in whole if w["weights_bytes"] <= row["weights_bytes"]]
+        small = [w for w in whole if w["weights_bytes"] <= row["budget_bytes"]]
         least = SAME_SPEED * row["tokens_per_second"]
         fast = [w for w in whole if w["tokens_per_second"] >= least]
-        by_bytes = _compared(row, small, "bytes")
-        lines.append(f"pruned {row['at']}: {by_bytes}; {_compared(row, fast, 'tokens/s')}")
+        by_bytes, by_speed = _compared(row, small, "bytes"), _compared(row, fast, "tokens/s")
+        if spread > MAX_SPREAD:
+            by_speed = f"speeds cannot be compared, timings of one model differ by {spread:.0%}"
+        lines.append(f"pruned, {row['at']}: {by_bytes}; {by_speed}")
     return lines
 
 
@@ -178,13 +194,13 @@ def as_markdown(body: Json) -> str:
         "",
         "## Against quantization alone",
         "",
-        "| model | at | bytes of weights | KL | perplexity | tokens/s |",
-        "|---|---|---|---|---|---|",
+        "| model | at | bytes of weights | KL | perplexity | tokens/s | spread |",
+        "|---|---|---|---|---|---|---|",
     ]
     for r in body["against_quantization"]:
         lines.append(
             f"| {r['model']} | {r['at']} | {r['weights_bytes']:,} | {r['kl_mean']:.4g} "
-            f"| {r['ppl']:.4g} | {r['tokens_per_second']} |"
+            f"| {r['ppl']:.4g} | {r['tokens_per_second']} | {r['speed_spread']:.0%} |"
         )
     peak = f"Peak resident memory of the report: {body['peak_rss_bytes']:,} bytes."
     return "\n".join([*lines, "", *(f"- {line}" for line in body["verdict"]), "", peak, ""])

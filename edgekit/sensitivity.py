@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -144,10 +145,10 @@ def read_fisher(path: Path) -> Fisher:
         RefusedError: It is something else.
     """
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             sums = {key: data[key] for key in data.files}
         n_sequences, n_tokens = map(int, sums.pop("counts"))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise RefusedError(f"{path} is no Fisher diagonal: {error}") from error
     rows, cols = (
         {key.removeprefix(kind): sums[key] for key in sums if key.startswith(kind)}

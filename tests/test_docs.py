@@ -59,6 +59,13 @@ def test_links_lead_somewhere(page):
             assert anchor[1:] in anchors(target), f"{page.name} links to {path}{anchor}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_source_files_that_are_named_exist(page):
+    for path in re.findall(r"`([\w/]+/[\w]+\.\w+)`", page.read_text(encoding="utf-8")):
+        if path.endswith((".py", ".c", ".json", ".html", ".js")) and "src/models" not in path:
+            assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
 @pytest.mark.parametrize("line", commands())
 def test_commands_in_the_documentation_exist(line):
     words = shlex.split(line, comments=True)[1:]
@@ -81,8 +88,11 @@ def test_readme_lists_the_exit_codes():
 
 def test_architectures_page_lists_all_of_them():
     page = (ROOT / "docs/architectures.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^\| `(\w+)` \| `(\w+)` \| `([\w-]+)` \|", page, re.M)
-    rows = [(a.model_type, a.class_name, MODEL_ARCH_NAMES[a.gguf]) for a in ARCHS.values()]
+    listed = re.findall(r"^\| `(\w+)` \| `(\w+)` \| `([\w-]+)` \| ([\w, ]+) \|", page, re.M)
+    rows = [
+        (a.model_type, a.class_name, MODEL_ARCH_NAMES[a.gguf], ", ".join(sorted(a.rope_scaling)))
+        for a in ARCHS.values()
+    ]
     assert listed == rows
 
 

@@ -10,7 +10,8 @@ from converted import tiny
 
 from edgekit.cli import main
 from edgekit.prune_report import verdict
-from edgekit.pruning.compare import ROWS
+from edgekit.pruning import choose, compare
+from edgekit.pruning.compare import ROWS, Comparison, Row
 from edgekit.pruning.metrics import METRICS
 from edgekit.pruning.prune import Options, prune
 
@@ -51,6 +52,39 @@ def test_a_short_text_and_an_existing_output_are_refused(checkpoint: Path, tmp_p
     assert result.exit_code == 2 and "exists; choose another -o" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("model_type", "arguments", "message"),
+    [
+        ("smallthinker", ["--ratio", "0.2"], "has no SmallThinkerForCausalLM"),
+        ("llama", ["--ratio", "0.3", "--layers", "1"], "give --layers 0"),
+    ],
+)
+def test_a_model_that_cannot_be_pruned_so_leaves_nothing(
+    model_type: str,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = tiny(tmp_path / "source", model_type, width="wide")
+    monkeypatch.setattr(choose, "is_allowed", lambda *_: False)  # as of a graph that counts layers
+    command = ["prune", str(source), "-o", str(tmp_path / "out"), "--tokens", "2048", *arguments]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code in (1, 5) and message in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_ways_that_a_model_cannot_be_pruned_in_are_left_out_of_the_comparison(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "is_allowed", lambda *_: False)
+    shares = {name: Row("magnitude", tunes=False, shares=name) for name in ("layers", "widths")}
+    monkeypatch.setattr(compare, "ROWS", shares)
+    comparison = Comparison(checkpoint, n_tokens=512)
+    assert [row["name"] for row in comparison.rows(0.22)] == ["widths"]
+    assert comparison.rows(0.01) == []
+
+
 def test_a_dry_run_lists_combinations_and_writes_nothing(checkpoint: Path, tmp_path: Path) -> None:
     command = ["prune", str(checkpoint), "-o", str(tmp_path / "out"), "--ratio", "0.22"]
     result = CliRunner().invoke(main, [*command, "--dry-run", "--json"])
@@ -82,17 +116,25 @@ def test_convert_with_prune_equals_pruning_and_then_converting(
 
 
 def test_the_verdict_says_when_quantization_alone_is_better() -> None:
-    def row(model: str, n_bytes: int, kl: float, speed: float) -> dict[str, Any]:
+    def row(
+        model: str, n_bytes: int, kl: float, speed: float, spread: float = 0.05
+    ) -> dict[str, Any]:
         figures = {"weights_bytes": n_bytes, "kl_mean": kl, "tokens_per_second": speed}
-        return {"model": model, "at": "Q4_K", **figures}
+        budget = {"budget_bytes": n_bytes + 1} if model == "pruned" else {}
+        return {"model": model, "at": "bytes of Q4_K", **figures, **budget, "speed_spread": spread}
 
     pruned = row("pruned", 100, 0.3, 50)
     (line,) = verdict([pruned, row("whole", 100, 0.2, 40), row("whole", 90, 0.4, 60)])
     assert "at equal bytes quantization alone is better (KL 0.2 whole, 0.3 pruned)" in line
     assert "at equal tokens/s pruning is better (KL 0.4 whole, 0.3 pruned)" in line
     assert "bytes quantization alone cannot get there" in verdict([pruned])[0]
+    (fuller,) = verdict([pruned, row("whole", 101, 0.2, 40), row("whole", 102, 0.1, 40)])
+    assert "at equal bytes quantization alone is better (KL 0.2 whole" in fuller
     (near,) = verdict([pruned, row("whole", 100, 0.2, 49)])  # as fast, within what timing can tell
     assert "at equal tokens/s quantization alone is better" in near
+    (unsteady,) = verdict([pruned, row("whole", 100, 0.2, 49, spread=0.3)])
+    assert "at equal bytes quantization alone is better" in unsteady
+    assert "speeds cannot be compared, timings of one model differ by 30%" in unsteady
 
 
 def test_the_command_offers_every_metric_of_the_table() -> None:

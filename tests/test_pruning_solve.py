@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from edgekit.pruning.metrics import METRICS, Site
+from edgekit.pruning.moments import HELD_OUT, Moments
 from edgekit.pruning.solve import (
+    DAMPS,
     checked_refit,
     inverse,
     leverage,
@@ -133,6 +135,32 @@ def test_a_refit_that_fails_on_held_out_tokens_is_not_taken():
     seen, held = ((gram(a), b.T @ a / 50) for a, b in zip(x, t, strict=True))
     assert torch.equal(checked_refit(w, seen, held), w)
     assert not torch.equal(checked_refit(w, seen, seen), w)
+
+
+@pytest.mark.parametrize("n_batches", [HELD_OUT - 1, 2 * HELD_OUT])
+def test_sums_over_batches_are_refitted_with_every_eighth_held_out(n_batches):
+    x, w = data()
+    kept, target = torch.tensor([0, 2, 3, 7, 11]), torch.tanh(x @ w.T)
+    moments = Moments.like(w)
+    each = torch.arange(TOKENS) * n_batches // TOKENS  # the batch of each token
+    for batch in range(n_batches):
+        moments.add(batch, x[each == batch].float(), target[each == batch].float())
+    torch.testing.assert_close(moments.gram(), (x.T @ x).float(), rtol=1e-4, atol=1e-3)
+    is_held = each % HELD_OUT == HELD_OUT - 1
+    seen, held = (
+        (gram(a[:, kept]), b.T @ a[:, kept] / len(a))
+        for a, b in ((x[~is_held], target[~is_held]), (x[is_held], target[is_held]))
+    )
+    if is_held.any():
+        want = checked_refit(w[:, kept], seen, held)
+    else:
+        want = refit(w[:, kept], *seen, DAMPS[-1])
+    torch.testing.assert_close(moments.refit(w[:, kept], kept), want.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_map_that_saw_no_token_stays_as_it_is():
+    _, w = data()
+    assert torch.equal(Moments.like(w).refit(w, torch.arange(N)), w)
 
 
 def site(**changes) -> Site:

@@ -133,9 +133,13 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
     assert np.array_equal(back.cols[NAME], fisher.cols[NAME])
     write_fisher(NO_FISHER, tmp_path / "none.npz")
     assert read_fisher(tmp_path / "none.npz").n_sequences == 0
-    (tmp_path / "text").write_text("no array")
+
+
+@pytest.mark.parametrize("data", [b"", b"no array", b"PK\x03\x04 cut short"])
+def test_what_is_no_fisher_diagonal_is_refused(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "fisher.npz").write_bytes(data)
     with pytest.raises(RefusedError, match="is no Fisher diagonal"):
-        read_fisher(tmp_path / "text")
+        read_fisher(tmp_path / "fisher.npz")
 
 
 def test_losses_of_a_tensor_are_those_of_ggufs_own_values(tmp_path: Path) -> None:

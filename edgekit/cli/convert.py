@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     "Q2_K,B1,...,B8,source.",
 )
 @click.option(
-    "--codec", type=click.Choice(["nested", "bitstack"]), default="nested", show_default=True
+    "--codec",
+    type=click.Choice(["nested", "bitstack"]),
+    default="nested",
+    show_default=True,
+    help="How levels are stored: as differences of stock tiers, or as BitStack does.",
 )
 @click.option(
     "--column-group",
@@ -88,7 +92,11 @@ if TYPE_CHECKING:
     "--no-measure", is_flag=True, help="Do not measure quality at a dozen budgets at the end."
 )
 @click.option(
-    "--jobs", type=click.IntRange(1, 256), default=os.cpu_count(), show_default="all cores"
+    "--jobs",
+    type=click.IntRange(1, 256),
+    default=os.cpu_count(),
+    show_default="all cores",
+    help="Tensors that are encoded at once.",
 )
 @click.option(
     "--engine",

@@ -30,7 +30,13 @@ METRICS = ("condition", "leverage", "magnitude", "wanda", "flap", "taylor")
     required=True,
     help="Share of all parameters to remove, such as 0.2.",
 )
-@click.option("--metric", type=click.Choice(METRICS), default="condition", show_default=True)
+@click.option(
+    "--metric",
+    type=click.Choice(METRICS),
+    default="condition",
+    show_default=True,
+    help="What chooses the neurons and heads that stay.",
+)
 @click.option(
     "--calibration",
     type=options.FILE,
@@ -56,7 +62,11 @@ METRICS = ("condition", "leverage", "magnitude", "wanda", "flap", "taylor")
     help="Generations of an evolutionary search for the layers to remove.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of that search.")
-@click.option("--report", is_flag=True, help="Also measure every metric, and quantization alone.")
+@click.option(
+    "--report",
+    is_flag=True,
+    help="Also measure every metric, and quantization alone: up to 42 prunings.",
+)
 @click.option(
     "--repair-rank",
     type=click.IntRange(min=1),
@@ -139,6 +149,8 @@ def _print(made: "Report", ratio: float, measured: dict[str, Any]) -> None:
     )
     for line in measured.get("verdict", ()):
         note(line)
+    if measured:
+        note(f"all figures are in {made.path}/report.md and report.json")
 
 
 def _measured(

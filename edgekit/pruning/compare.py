@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class Comparison:
         self.fit, self.probe, held = tokens(self.checkpoint, self.mapping, text, n_tokens)
         self.measured = Probe.of(self.checkpoint, self.dense, held)
         self._effects: list[Effects] = []
+        self._known: dict[tuple[Row, Cut], Json] = {}
 
     def rows(self, ratio: float) -> list[Json]:
         """Figures of every way at about ``ratio``; ways that cannot come near it are left out."""
@@ -92,19 +93,30 @@ class Comparison:
         return found
 
     def _cut(self, ratio: float, shares: str) -> Cut | None:
-        full = whole(self.mapping)
         try:
-            cuts = candidates(self.mapping, ratio, self.multiple, 0 if shares == "widths" else None)
+            cuts = self._cuts(ratio, shares)
+            chooser = Chooser(self.checkpoint, self.dense)
+            return chooser.choose(cuts, self.probe, Silent())[0] if cuts else None
         except UnsupportedError:
             return None
-        if shares == "layers":
-            n_layers = len(full.layers)
-            one = [Cut(full.layers[:n], *_widths(full)) for n in range(1, n_layers)]
-            cuts = [min(one, key=lambda cut: abs(ratio_of(self.mapping, cut) - ratio))]
-        chooser = Chooser(self.checkpoint, self.dense)
-        return chooser.choose(cuts, self.probe, Silent())[0]
+
+    def _cuts(self, ratio: float, shares: str) -> list[Cut]:
+        """What `_cut` chooses from; of layers only, the nearest however far it is."""
+        if shares != "layers":
+            n_removed = 0 if shares == "widths" else None
+            return candidates(self.mapping, ratio, self.multiple, n_removed)
+        full = whole(self.mapping)
+        fewer = [replace(full, layers=full.layers[:n]) for n in range(1, len(full.layers))]
+        return sorted(fewer, key=lambda cut: abs(ratio_of(self.mapping, cut) - ratio))[:1]
 
     def _figures(self, row: Row, cut: Cut) -> Json:
+        """Of one way; where shares chosen and shares given come to one cut, it is run once."""
+        key = replace(row, shares=""), cut
+        if key not in self._known:
+            self._known[key] = self._run(row, cut)
+        return self._known[key]
+
+    def _run(self, row: Row, cut: Cut) -> Json:
         started = time.monotonic()
         metric = METRICS[row.metric]
         seen = self._of_taylor() if metric.needs_effect else []
@@ -125,7 +137,3 @@ class Comparison:
             parts: list[Ids] = batches(self.fit, self.mapping)
             self._effects = effects(self.checkpoint, self.dense, parts)
         return self._effects
-
-
-def _widths(cut: Cut) -> tuple[int, int, int, int]:
-    return cut.kv_heads, cut.ff, cut.experts, cut.ffe

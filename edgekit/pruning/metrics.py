@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from edgekit.errors import UnknownNameError
 from edgekit.pruning.solve import leverage, select
 
@@ -129,8 +127,3 @@ def get_metric(name: str) -> Metric:
         return METRICS[name]
     except KeyError:
         raise UnknownNameError("metric", name, METRICS) from None
-
-
-def as_moment(total: Tensor, n: int) -> Tensor:
-    """A sum over ``n`` tokens as a mean, float64."""
-    return total.to(torch.float64, copy=True).div_(max(n, 1))

@@ -11,13 +11,11 @@ from edgekit.devices.memory import free_memory
 from edgekit.errors import DoesNotFitError
 from edgekit.float_model import check_memory
 from edgekit.pruning.layers import Ids, Layers
-from edgekit.pruning.metrics import as_moment
 from edgekit.pruning.solve import checked_refit
 from edgekit.pruning.weights import read_layer
 from edgekit.sizes import format_size
 
 Tensor = Any
-
 
 HELD_OUT = 8  # one batch in so many checks the fit
 
@@ -58,15 +56,20 @@ class Moments:
 
         The sums are let go one by one: solving needs their room.
         """
-        parts = [self._take(n, kept) for n in self.n]
-        if not self.n[0]:
-            return weight
-        return checked_refit(weight, parts[0], parts[1] if self.n[1] else None).float()
+        seen, held = [self._take(n, kept) for n in self.n]
+        return weight if seen is None else checked_refit(weight, seen, held).float()
 
-    def _take(self, n: int, kept: Tensor) -> tuple[Tensor, Tensor]:
+    def _take(self, n: int, kept: Tensor) -> tuple[Tensor, Tensor] | None:
         """The next part's sums over ``n`` tokens as means, float64; this has them no more."""
-        gram, cross = self._gram.pop(0)[kept[:, None], kept], self._cross.pop(0)[:, kept]
-        return as_moment(gram, n), as_moment(cross, n)
+        gram, cross = self._gram.pop(0), self._cross.pop(0)
+        if n == 0:
+            return None
+        return as_moment(gram[kept[:, None], kept], n), as_moment(cross[:, kept], n)
+
+
+def as_moment(total: Tensor, n: int) -> Tensor:
+    """A sum over ``n`` tokens as a mean, float64."""
+    return total.to(torch.float64, copy=True).div_(max(n, 1))
 
 
 def require_memory(mapping: Mapping, ids: Ids, hint: str) -> None:

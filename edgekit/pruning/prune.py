@@ -18,7 +18,7 @@ from edgekit import __version__
 from edgekit.arch import Mapping, map_checkpoint
 from edgekit.checkpoint import Checkpoint
 from edgekit.disk import disk_full_reported, require_free
-from edgekit.errors import UsageError
+from edgekit.errors import UnsupportedError, UsageError
 from edgekit.kernels.ggml import ggml_type
 from edgekit.progress import Progress, Silent
 from edgekit.provenance import source_files
@@ -204,10 +204,15 @@ class _Pruning:
         require_memory(self.mapping, fit, HINT)
         n_bytes = sum(self.checkpoint.files.values())
         require_free(self.output.parent, n_bytes, f"pruning {self.checkpoint.folder}")
+        dense = Layers(self.mapping, self.checkpoint.config)
         first_command = self.spool.open(self._job(), command, self.options.resume)
         if not self.spool.is_ready:
             self.staged.mkdir(exist_ok=True)
-            self._stage(fit, probe, held, first_command)
+            try:
+                self._stage(dense, fit, probe, held, first_command)
+            except UnsupportedError:  # nothing to go on with
+                self.spool.remove()
+                raise
             self.spool.set_ready()
         move_into_place(self.staged, self.output)
         self.spool.remove()
@@ -223,9 +228,10 @@ class _Pruning:
             "options": {key: str(value) for key, value in choices.items()},
         }
 
-    def _stage(self, fit: Ids, probe: Ids, held: Ids, command: Sequence[str]) -> None:
+    def _stage(
+        self, dense: Layers, fit: Ids, probe: Ids, held: Ids, command: Sequence[str]
+    ) -> None:
         """Write the checkpoint, all of it, inside the spool."""
-        dense = Layers(self.mapping, self.checkpoint.config)
         cut, trials = self._cut(dense, probe)
         walk = self._walk(dense, cut, fit)
         state = walk.start(batches(fit, self.mapping), [held])

@@ -34,9 +34,13 @@ def damped(gram: Tensor, damp: float = DAMP) -> Tensor:
 
 
 def _damp_(gram: Tensor, damp: float) -> Tensor:
-    least = torch.finfo(gram.dtype).tiny  # of features that are never active
-    gram.diagonal().add_(torch.clamp(damp * gram.diagonal().mean(), min=least))
+    gram.diagonal().add_(_ridge(gram, damp))
     return gram
+
+
+def _ridge(gram: Tensor, damp: float) -> Tensor:
+    least = torch.finfo(gram.dtype).tiny  # of features that are never active
+    return torch.clamp(damp * gram.diagonal().mean(), min=least)
 
 
 def inverse(gram: Tensor, damp: float = DAMP) -> Tensor:
@@ -61,8 +65,8 @@ def _cholesky_(matrix: Tensor) -> Tensor:
 
 def leverage(gram: Tensor, damp: float = DAMP) -> Tensor:
     """Ridge leverage of each feature, float64 ``[n]`` in ``[0, 1]``."""
-    added = damped(gram.double(), damp).diagonal() - gram.diagonal()
-    return 1 - added * inverse(gram, damp).diagonal()
+    gram = gram.double()
+    return 1 - _ridge(gram, damp) * inverse(gram, damp).diagonal()
 
 
 def removal_errors(weight: Tensor, moment_inverse: Tensor, block: int = 1) -> Tensor:

@@ -27,8 +27,8 @@ import torch
 from edgekit.arch import Mapping
 from edgekit.pruning.cut import Cut, roles
 from edgekit.pruning.layers import Flow, Layers
-from edgekit.pruning.metrics import Metric, Site, as_moment, highest
-from edgekit.pruning.moments import Moments
+from edgekit.pruning.metrics import Metric, Site, highest
+from edgekit.pruning.moments import Moments, as_moment
 from edgekit.pruning.solve import refit
 from edgekit.pruning.weights import SHIFT, Layer, attention_kept, cut_layer, neurons_kept
 
