@@ -56,15 +56,17 @@ class Moments:
 
         The sums are let go one by one: solving needs their room.
         """
-        seen, held = [self._take(n, kept) for n in self.n]
-        return weight if seen is None else checked_refit(weight, seen, held).float()
+        seen, held = (self._take(kept) for _ in self.n)
+        if not self.n[0]:
+            return weight
+        fitted = as_moment(seen[0], self.n[0]), as_moment(seen[1], self.n[0])
+        del seen
+        return checked_refit(weight, fitted, held if self.n[1] else None).float()
 
-    def _take(self, n: int, kept: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The next part's sums over ``n`` tokens as means, float64; this has them no more."""
+    def _take(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """The next part's sums over ``kept`` features; this has them no more."""
         gram, cross = self._gram.pop(0), self._cross.pop(0)
-        if n == 0:
-            return None
-        return as_moment(gram[kept[:, None], kept], n), as_moment(cross[:, kept], n)
+        return gram[kept[:, None], kept], cross[:, kept]
 
 
 def as_moment(total: Tensor, n: int) -> Tensor:

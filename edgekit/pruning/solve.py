@@ -25,6 +25,7 @@ Tensor = Any
 
 ROUNDS = 8  # of removal; each passes over the whole moment once, half a GiB at 8192 features
 DAMP = 1e-4  # of the mean of the moment's diagonal; keeps it invertible where features are copies
+SLAB = 1024  # features of a float32 moment that are taken to float64 at a time
 DAMPS = (1e-5, 1e-3, 1e-1)  # of a refit; which one, held-out tokens decide
 
 
@@ -171,9 +172,13 @@ def refit(weight: Tensor, gram: Tensor, cross: Tensor, damp: float = DAMP) -> Te
 
 
 def excess(weight: Tensor, gram: Tensor, cross: Tensor) -> float:
-    """``E|t - W x|^2`` less ``E|t|^2``, float64."""
-    weight = weight.double()
-    return float(((weight @ gram - 2 * cross) * weight).sum())
+    """``|t - W x|^2`` less ``|t|^2``, summed or averaged as ``gram`` and ``cross`` are, float64."""
+    weight, total = weight.double(), 0.0
+    for at in range(0, len(gram), SLAB):  # a float32 moment is never whole in float64
+        columns = slice(at, at + SLAB)
+        part = weight @ gram[:, columns].double() - 2 * cross[:, columns]
+        total += float((part * weight[:, columns]).sum())
+    return total
 
 
 def checked_refit(
@@ -186,7 +191,8 @@ def checked_refit(
     Args:
         weight: ``[rows, n]``.
         seen: ``E[x x^T]`` and ``E[t x^T]`` that are fitted to.
-        held: The same of tokens that are not; None: the strongest ridge is taken unchecked.
+        held: The same of tokens that are not, or their sums, float32 or float64; None: the
+            strongest ridge is taken unchecked.
     """
     if held is None:
         return refit(weight, *seen, DAMPS[-1])
