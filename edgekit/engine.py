@@ -10,19 +10,16 @@ not copied in memory either.
 """
 
 import contextlib
-import ctypes
-import functools
-import gc
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 from edgekit import cache
 from edgekit.artifact import Artifact
 from edgekit.assembly import Assembly
+from edgekit.devices.heap import keep_large_blocks_apart, return_free_memory
 from edgekit.errors import EdgekitError, MemoryShortError
 from edgekit.expert_budget import Paged, expert_stacks
 from edgekit.footprint import decoders
@@ -37,7 +34,6 @@ from edgekit.plan import Plan, shape_in
 from edgekit.planner import Depths
 from edgekit.progress import Progress, Silent
 
-_M_MMAP_THRESHOLD, MMAP_THRESHOLD = -3, 128 << 10  # malloc.h; glibc's default to begin with
 DROP_BYTES = 32 << 20  # of zeros that stand for experts, between two times they are dropped
 Watch = Callable[[int], None]
 Residency = Literal["auto", "anon", "mapped"]
@@ -73,7 +69,7 @@ class Engine:
 
     def __init__(self, artifact: Artifact, settings: Settings) -> None:
         """Load nothing yet."""
-        _glibc()
+        keep_large_blocks_apart()
         self._artifact, self._settings = artifact, settings
         self._model: Model | None = None
         self._context: Context | None = None
@@ -178,7 +174,7 @@ class Engine:
                 self._pager = None
             self._model.close()
             self._model = None
-        _return_free_memory()
+        return_free_memory()
 
     def _open(self, plan: Plan, watch: Watch | None = None) -> None:
         threads = self._settings.n_threads or default_threads()
@@ -374,25 +370,3 @@ class _Saved:
 def _path_of(file: IO[bytes]) -> Path:
     """A path to an open file that has no name of its own any more: a kill leaves nothing behind."""
     return Path(f"/dev/fd/{file.fileno()}")
-
-
-def _return_free_memory() -> None:
-    """Give freed memory back to the system: what Python's cycles hold, and what glibc keeps."""
-    gc.collect()
-    libc = _glibc()
-    if libc is not None:
-        libc.malloc_trim(0)
-
-
-@functools.cache
-def _glibc() -> Any:
-    """The C library where it is glibc, told to keep large blocks out of its heaps.
-
-    Its threshold for that grows with what is freed, up to 32 MiB; chunks of weights then come from
-    the heaps of the decoding threads and leave 30 MiB behind. Fixed where it begins it does not.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is None or not hasattr(libc, "malloc_trim"):  # musl has no such heaps
-        return None
-    libc.mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
-    return libc

@@ -17,6 +17,7 @@ import numpy as np
 from edgekit import __version__
 from edgekit.arch import Mapping, map_checkpoint
 from edgekit.checkpoint import Checkpoint
+from edgekit.devices.heap import keep_large_blocks_apart
 from edgekit.disk import disk_full_reported, require_free
 from edgekit.errors import UnsupportedError, UsageError
 from edgekit.kernels.ggml import ggml_type
@@ -132,6 +133,7 @@ def prune(
         return _report_of(output)
     if output.is_symlink() or (output.exists() and not options.force):
         raise UsageError(f"{output} exists; choose another -o, or replace it with --force")
+    keep_large_blocks_apart()
     checkpoint = Checkpoint.open(folder)
     job = _Pruning(checkpoint, output, spool, options, progress or Silent(), started)
     with disk_full_reported(f"pruning to {output}", "make room and repeat with --resume"):
@@ -278,6 +280,7 @@ class _Pruning:
             seconds.append(round(time.monotonic() - before, 3))
             self._keep(after, seconds)
             self.progress.advance(1)
+            del layer, entries  # the next layer needs their room
             before, state = time.monotonic(), after
         return seconds, state
 

@@ -86,12 +86,14 @@ class Walk:
             follow = (self._after(position, layer, xs) for xs in (state.pruned, state.others))
             state = State(position + 1, dense, *follow)
             yield index, layer, state
+            del layer, dense  # the next layer needs their room
 
     def finish(self, batches: Sequence[Ids], others: Sequence[Ids] = ()) -> State:
         """Prune all layers, keeping none; the streams at the end."""
         state = self.start(batches, others)
-        for _, _, after in self.run(state):
-            state = after
+        for done in self.run(state):
+            state = done[-1]
+            del done
         return state
 
     def _prune(self, position: int, state: State) -> tuple[Layer, Streams]:
