@@ -14,6 +14,7 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 os.environ.setdefault("TRITON_INTERPRET", "0")
 
 import json
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -29,6 +30,12 @@ settings.load_profile("edgekit")
 def cache_of_the_suite(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is left in the user's cache, and nothing is found there."""
     os.environ["EDGEKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts_are_heard() -> None:
+    """A suite that a shell runs in the background begins with Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
