@@ -12,8 +12,6 @@ from functools import lru_cache, partial
 from itertools import islice
 from threading import Lock
 
-import numpy as np
-
 from edgekit.artifact import Artifact
 from edgekit.codecs import CODECS
 from edgekit.codecs.job import Chunk
@@ -21,7 +19,7 @@ from edgekit.decode import Decoder, chunks_of
 from edgekit.exporters.file_types import file_type
 from edgekit.exporters.gguf import Gguf, TensorInfo, header_bytes, padded
 from edgekit.exporters.gguf_values import u32
-from edgekit.kernels.ggml import ByteArray
+from edgekit.kernels.ggml import ByteArray, fitting
 from edgekit.planner import Depths
 from edgekit.routing.gguf_keys import range_metadata
 from edgekit.stack import Level, Stack
@@ -60,7 +58,6 @@ class Ahead:
         self._pool = ThreadPoolExecutor(n_threads)
         self._made: dict[int, tuple[Future[memoryview], ByteArray]] = {}  # oldest first
         self._given: set[int] = set()
-        self._room = max(piece.room for piece in pieces)
         self._free: list[ByteArray] = []  # rooms: fresh pages take a fifth of the time of loading
         self._lent: ByteArray | None = None
 
@@ -80,14 +77,21 @@ class Ahead:
 
     def _begin(self, index: int) -> None:
         """Have piece ``index`` made and some behind it, in rooms that nobody reads any more."""
-        if self._lent is not None:
+        if self._lent is not None and self._lent.nbytes:
             self._free.append(self._lent)
         self._given.add(index)
         later = (i for i in range(index + 1, len(self._pieces)) if i not in self._given)
-        for i in (index, *islice(later, self._n_ahead)):
-            if i not in self._made:
-                room = self._free.pop() if self._free else np.empty(self._room, np.uint8)
-                self._made[i] = self._pool.submit(self._pieces[i].make, room), room
+        wanted = [i for i in (index, *islice(later, self._n_ahead)) if i not in self._made]
+        for i in wanted:
+            room = self._room(self._pieces[i].room)
+            self._made[i] = self._pool.submit(self._pieces[i].make, room), room
+        if not wanted:  # the end is near: what is not needed again makes room for the weights
+            self._free.clear()
+
+    def _room(self, n_bytes: int) -> ByteArray:
+        """A free room of about that size, else a new one."""
+        room = self._free.pop() if self._free and n_bytes else None
+        return fitting(room, n_bytes)
 
     def drop(self) -> None:
         """Forget what was made ahead, once the threads have let go of it."""

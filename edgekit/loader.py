@@ -11,7 +11,6 @@ from edgekit.devices.memory import held_bytes
 from edgekit.engine import RESIDENCIES, Prefetch, Residency, Settings
 from edgekit.errors import UnknownNameError, UsageError
 from edgekit.llama import system_info
-from edgekit.onnx_session import OnnxSettings, load_onnx
 from edgekit.progress import Progress, Silent
 from edgekit.session import Session
 from edgekit.wish import Wish
@@ -83,6 +82,8 @@ def load(
             expert_cache=expert_cache is not None,
             prefetch=prefetch != "off",
         )
+        from edgekit.onnx_session import OnnxSettings, load_onnx  # 2 MiB of a budget without it
+
         options = OnnxSettings(n_threads, progress=progress or Silent())
         with load_onnx(Path(path), budget, context, options) as loaded:
             yield cast(Session, loaded)  # the same interface

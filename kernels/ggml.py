@@ -96,6 +96,13 @@ def ggml_type(name: str) -> GgmlType:
         raise UnknownNameError("ggml type", name, TYPES) from None
 
 
+def fitting(room: ByteArray | None, n_bytes: int) -> ByteArray:
+    """``room`` if it holds ``n_bytes`` and no more than twice as many, else a new one, uint8."""
+    if room is not None and n_bytes <= room.nbytes <= 2 * n_bytes:
+        return room
+    return np.empty(n_bytes, np.uint8)
+
+
 def row_bytes(type_name: str, cols: int) -> int:
     """Count the bytes of a row of ``cols`` weights.
 

@@ -25,7 +25,15 @@ from edgekit.codecs.job import (
 )
 from edgekit.codecs.nested import CHILDREN, decode_chunk, encode_chunk
 from edgekit.errors import UnknownNameError, UsageError
-from edgekit.kernels.ggml import TYPES, ByteArray, dequantize, quantize, row_bytes, type_for
+from edgekit.kernels.ggml import (
+    TYPES,
+    ByteArray,
+    dequantize,
+    fitting,
+    quantize,
+    row_bytes,
+    type_for,
+)
 from edgekit.spool import TensorRecord
 from edgekit.stack import SOURCE, Level, Stack
 
@@ -172,10 +180,9 @@ def _room(which: int, n_bytes: int) -> ByteArray:
 
     Fresh pages for every chunk would take a fifth of the time of loading.
     """
-    rooms: list[ByteArray] = _thread.__dict__.setdefault("rooms", [np.empty(0, np.uint8)] * 2)
-    if rooms[which].nbytes < n_bytes:
-        rooms[which] = np.empty(n_bytes, np.uint8)
-    return rooms[which][:n_bytes]
+    rooms: list[ByteArray | None] = _thread.__dict__.setdefault("rooms", [None, None])
+    room = rooms[which] = fitting(rooms[which], n_bytes)
+    return room[:n_bytes]
 
 
 NESTED = Codec(
