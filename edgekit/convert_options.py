@@ -73,10 +73,14 @@ def check_options(options: Options) -> None:
     if options.column_group and options.codec != "bitstack":
         raise UsageError(f"--column-group is for --codec bitstack, not for {options.codec}")
     check_formats(options.formats, options.block_size)
-    if options.error_feedback and ("onnx" not in options.formats or not options.statistics):
+    if options.error_feedback and "onnx" not in options.formats:
         raise UsageError(
-            "--error-feedback is for --format onnx and needs a text to calibrate on; leave "
-            "--no-calibration out"
+            f"--error-feedback is for ONNX codes, not for {','.join(options.formats)}; add "
+            "--format onnx"
+        )
+    if options.error_feedback and not options.statistics:
+        raise UsageError(
+            "--error-feedback needs a text to calibrate on; leave --no-calibration out"
         )
     if "gguf" not in options.formats:
         return

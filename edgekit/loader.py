@@ -1,7 +1,7 @@
 """``edgekit.load``: an artifact, opened and loaded at the depth that a budget buys."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -82,21 +82,33 @@ def load(
             expert_cache=expert_cache is not None,
             prefetch=prefetch != "off",
         )
-        from edgekit.onnx_session import OnnxSettings, load_onnx  # 2 MiB of a budget without it
+        loaded = _with_onnx(Path(path), budget, context, n_threads, progress or Silent())
+    else:
+        wish = Wish(budget, context, kv_type, follow, repack, besides, expert_cache, pager)
+        settings = Settings(n_threads, residency, prefetch, progress or Silent())
+        loaded = _with_llama(Path(path), wish, settings)
+    with loaded as session:
+        yield session
 
-        options = OnnxSettings(n_threads, progress=progress or Silent())
-        with load_onnx(Path(path), budget, context, options) as loaded:
-            yield cast(Session, loaded)  # the same interface
-        return
-    if residency not in RESIDENCIES:
-        raise UnknownNameError("residency", residency, RESIDENCIES)
-    if repack and residency == "mapped":
+
+def _with_onnx(
+    folder: Path, budget: int | None, context: int | None, n_threads: int | None, progress: Progress
+) -> AbstractContextManager[Session]:
+    from edgekit.onnx_session import OnnxSettings, load_onnx  # 2 MiB of a budget without it
+
+    loaded = load_onnx(folder, budget, context, OnnxSettings(n_threads, progress=progress))
+    return cast(AbstractContextManager[Session], loaded)  # the same interface
+
+
+@contextmanager
+def _with_llama(folder: Path, wish: Wish, settings: Settings) -> Iterator[Session]:
+    if settings.residency not in RESIDENCIES:
+        raise UnknownNameError("residency", settings.residency, RESIDENCIES)
+    if wish.repack and settings.residency == "mapped":
         raise UsageError("mapped weights cannot be repacked; choose one of the two")
     system_info()  # llama.cpp's libraries are part of what the process holds
     held = held_bytes()
-    with open_artifact(Path(path), remember=True) as artifact:
-        wish = Wish(budget, context, kv_type, follow, repack, besides, expert_cache, pager)
-        settings = Settings(n_threads, residency, prefetch, progress or Silent())
+    with open_artifact(folder, remember=True) as artifact:
         session = Session(artifact, wish, settings, held)
         try:
             yield session

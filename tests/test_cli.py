@@ -278,6 +278,12 @@ def test_verbose_shows_the_traceback_above_the_line(here):
         ("convert Llama-3.2-1B -o x --tiers Q4K,source", 2, ["'Q4K'", "'Q4_K'"]),
         ("convert Llama-3.2-1B -o x --tiers Q6_K,Q4_K", 2, ["Q6_K,Q4_K", "few bits"]),
         ("convert Llama-3.2-1B -o x --tiers Q4_K,IQ4_XS", 2, ["IQ4_XS", "first"]),
+        ("convert Llama-3.2-1B -o x --error-feedback 4", 2, ["not for gguf", "--format onnx"]),
+        (
+            "convert Llama-3.2-1B -o x --format onnx --error-feedback 4 --no-calibration",
+            2,
+            ["--error-feedback needs a text", "leave --no-calibration out"],
+        ),
         ("convert llama-edge -o x", 5, ["llama-edge", "config.json"]),
         ("convert nowhere -o x", 2, ["nowhere", "does not exist", "convert --help"]),
         ("convert Llama-3.2-1B -o x --teirs Q4_K", 2, ["--teirs", "--tiers"]),

@@ -106,6 +106,8 @@ def main() -> None:
                 starts.append(time.perf_counter() - started)
                 note("two_nodes", replace(one, jobs=2, engine="ray", address=address))
     alone, threads, cluster = (median(runs) for runs in seconds.values())
+    if args.checkpoint:
+        args.shape = args.layers = None  # those of the checkpoint
     report: dict[str, Any] = {
         "benchmark": "cluster", **vars(args), "checkpoint_bytes": n_bytes, "seconds": seconds,
         "start_seconds": starts, "threads_speed_up": alone / threads,
