@@ -56,9 +56,15 @@ def test_planes_hold_what_the_kernel_gives(checkpoint, tmp_path):
     assert n >= 8
 
 
-@pytest.mark.parametrize("rest", [["--format", "gguf"], ["--format", "onnx", "--no-calibration"]])
-def test_without_onnx_or_a_text_it_is_a_wrong_use(checkpoint, tmp_path, rest):
+@pytest.mark.parametrize(
+    ("rest", "why"),
+    [
+        (["--format", "gguf"], "is for ONNX codes, not for gguf"),
+        (["--format", "onnx", "--no-calibration"], "needs a text to calibrate on"),
+    ],
+)
+def test_without_onnx_or_a_text_it_is_a_wrong_use(checkpoint, tmp_path, rest, why):
     words = ["convert", str(checkpoint), "-o", str(tmp_path / "a"), "--error-feedback", "4"]
     done = CliRunner().invoke(main, [*words, *rest])
-    assert done.exit_code == 2 and "needs a text to calibrate on" in done.stderr
+    assert done.exit_code == 2 and why in done.stderr
     assert list(tmp_path.iterdir()) == []
