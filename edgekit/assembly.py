@@ -4,6 +4,7 @@
 chunks being decoded.
 """
 
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -12,10 +13,13 @@ from functools import lru_cache, partial
 from itertools import islice
 from threading import Lock
 
+import numpy as np
+
 from edgekit.artifact import Artifact
 from edgekit.codecs import CODECS
 from edgekit.codecs.job import Chunk
 from edgekit.decode import Decoder, chunks_of
+from edgekit.disk import write_at
 from edgekit.exporters.file_types import file_type
 from edgekit.exporters.gguf import Gguf, TensorInfo, header_bytes, padded
 from edgekit.exporters.gguf_values import u32
@@ -25,6 +29,7 @@ from edgekit.routing.gguf_keys import range_metadata
 from edgekit.stack import Level, Stack
 
 _NOTHING = memoryview(b"")
+_NO_ROOM = np.empty(0, np.uint8)
 RELEASE_EVERY = 16  # pieces after which the artifact's pages are handed back, some 20 MiB
 
 
@@ -173,6 +178,38 @@ class Assembly:
             done += here
             self._at = offset + done
         return done
+
+    def write_to(self, descriptor: int, report: Callable[[int], None]) -> None:
+        """Write everything to an open file, in no particular order, on the threads.
+
+        Args:
+            descriptor: Of a file that can be written at any offset.
+            report: Called with the bytes written so far; what it raises ends the writing.
+
+        Raises:
+            OSError: There is no room for it.
+        """
+        rooms = threading.local()  # fresh pages take longer than what is done with them
+
+        def write(piece: Piece) -> int:
+            room = getattr(rooms, "kept", _NO_ROOM)
+            if room.nbytes < piece.room:
+                room = rooms.kept = np.empty(piece.room, np.uint8)
+            write_at(descriptor, piece.make(room), piece.offset)
+            return piece.n_bytes
+
+        n_written = 0
+        with ThreadPoolExecutor(self._n_threads) as pool:
+            written = [pool.submit(write, piece) for piece in self._pieces]
+            try:
+                for n_done, task in enumerate(written, 1):
+                    n_written += task.result()
+                    if n_done % RELEASE_EVERY == 0:
+                        self._artifact.release()
+                        report(n_written)
+                report(n_written)
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def stream(self, offset: int = 0) -> Generator[memoryview, None, None]:
         """The bytes from ``offset`` to the end, decoded a few chunks ahead on the threads.

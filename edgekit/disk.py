@@ -3,12 +3,15 @@
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from edgekit.errors import DiskFullError, UsageError
 from edgekit.sizes import format_size
+
+_seeking = threading.Lock()
 
 
 def require_free(folder: Path, n_bytes: int, what: str) -> None:
@@ -59,6 +62,19 @@ def held_alone(folder: Path) -> Iterator[None]:
         raise UsageError(f"another edgekit works in {folder}; wait for it, or end it") from error
     finally:
         os.close(handle)
+
+
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of ``data`` at ``offset`` of an open file; safe on several threads."""
+    left = memoryview(data)
+    if not hasattr(os, "pwrite"):
+        with _seeking:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            while left:
+                left = left[os.write(descriptor, left) :]
+    while left:
+        n_written = os.pwrite(descriptor, left, offset)
+        left, offset = left[n_written:], offset + n_written
 
 
 def folder_bytes(folder: Path) -> int:

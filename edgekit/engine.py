@@ -314,6 +314,14 @@ class _Watched:
             self._experts.drop_all()
         return n
 
+    def write_to(self, descriptor: int, report: Callable[[int], None]) -> None:
+        def told(n_bytes: int) -> None:
+            if self._watch is not None:
+                self._watch(n_bytes)
+            report(n_bytes)
+
+        self._assembly.write_to(descriptor, told)
+
 
 def _weights_of(plan: Plan) -> tuple[Depths, bool, Paged | None]:
     """What makes two plans differ in what is loaded, contexts aside."""

@@ -11,12 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
+from edgekit.disk import write_at
 from edgekit.errors import EdgekitError, UnsupportedError, UsageError
 from edgekit.exporters.gguf import Gguf, read_header, tensor_offsets
 from edgekit.exporters.normalizers import TextNormalizer
 from edgekit.llama.binding import LOG, binding
 from edgekit.llama.expert_memory import ExpertMemory
-from edgekit.llama.stream import CookieFile, VirtualFile, has_fopencookie
+from edgekit.llama.stream import CookieFile, VirtualFile, has_fopencookie, read_from
+from edgekit.llama.unnamed import UnnamedFile, has_unnamed_files
 from edgekit.llama.vocab import vocab_of
 
 Residency = Literal["mapped", "anon"]
@@ -24,7 +26,7 @@ Progress = Callable[[float], None]
 
 # llama_load_mode (llama.h)
 _LOAD_COPY, _LOAD_MMAP = 0, 1
-_COPY_BYTES = 1 << 20  # one read while a virtual file is spilled to disk
+_COPY_BYTES = 1 << 20  # one read while a virtual file is written to another
 
 
 class Closable(Protocol):
@@ -214,6 +216,8 @@ def open_model(
     if isinstance(source, Path):
         mapped = residency != "anon" and not no_alloc
         return _load_path(source, header, params, mapped, progress)
+    if has_unnamed_files() and not (extra_bufts or vocab_only or no_alloc):
+        return _load_unnamed(source, header, params, progress)
     if not has_fopencookie():
         return _load_spilled(source, header, params, progress)
     return _load_cookie(source, header, params, progress)
@@ -310,6 +314,17 @@ def _cookie_handle(
         cookie.close()
 
 
+def _load_unnamed(
+    source: VirtualFile, header: Gguf, params: Any, progress: Progress | None
+) -> Model:
+    """Write the bytes to memory, where they stay, and map them."""
+    with UnnamedFile(source.size) as file:
+        _write_all(source, file.descriptor, progress)
+        model = _load_path(file.path, header, params, True, None)
+        file.drop(header.data_offset)  # llama.cpp has read it and holds it no more
+        return model
+
+
 def _load_spilled(
     source: VirtualFile, header: Gguf, params: Any, progress: Progress | None
 ) -> Model:
@@ -317,16 +332,32 @@ def _load_spilled(
     descriptor, name = tempfile.mkstemp(prefix="edgekit-", suffix=".gguf")
     path = Path(name)
     try:
-        with open(descriptor, "wb") as file:
-            position = 0
-            while position < source.size:
-                n = min(_COPY_BYTES, source.size - position)
-                position += file.write(source.read(position, n))
+        with open(descriptor, "wb", buffering=0):
+            _write_all(source, descriptor, progress)
         # Windows removes no mapped file, so there the weights are copied.
-        return _load_path(path, header, params, os.name == "posix", progress)
+        return _load_path(path, header, params, os.name == "posix", None)
     finally:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
+
+
+def _write_all(source: VirtualFile, descriptor: int, progress: Progress | None) -> None:
+    """Write all bytes of ``source`` to an open file, which is empty or of its size."""
+
+    def report(n_bytes: int) -> None:
+        if progress is not None:
+            progress(n_bytes / source.size)
+
+    write_to = getattr(source, "write_to", None)
+    if write_to is not None:
+        write_to(descriptor, report)
+        return
+    position = 0
+    while position < source.size:
+        report(position)
+        data = read_from(source, position, min(_COPY_BYTES, source.size - position))
+        write_at(descriptor, data, position)
+        position += len(data)
 
 
 class _Raw(io.RawIOBase):

@@ -28,7 +28,9 @@ class VirtualFile(Protocol):
     """Bytes that can be read at any offset; what `open_model` takes in place of a path.
 
     An object may also have ``readinto(offset, buffer: memoryview) -> int``, which then is called
-    in place of ``read`` and writes straight into llama.cpp's memory.
+    in place of ``read`` and writes straight into a stream's memory, and ``write_to(descriptor,
+    report)``, which writes everything to an open file and calls ``report(n_bytes)`` with what is
+    done so far.
     """
 
     @property
@@ -55,6 +57,25 @@ class MemoryFile:
     def read(self, offset: int, n: int) -> bytes:
         """Give ``n`` bytes from ``offset``."""
         return self.data[offset : offset + n]
+
+
+def read_from(source: VirtualFile, offset: int, n: int) -> bytes:
+    """The bytes from ``offset``, at least one and at most ``n``.
+
+    Raises:
+        EdgekitError: The reader gives none, or more.
+    """
+    data = source.read(offset, n)
+    check_read(offset, n, len(data))
+    return data
+
+
+def check_read(offset: int, n: int, got: int) -> None:
+    """Refuse ``got`` bytes where 1 to ``n`` were asked."""
+    if not 0 < got <= n:
+        raise EdgekitError(
+            f"the reader gave {got} bytes at offset {offset} where 1 to {n} were asked"
+        )
 
 
 _READ = ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -140,16 +161,11 @@ class CookieFile:
         readinto = getattr(self.source, "readinto", None)
         if readinto is not None:
             got = int(readinto(self._position, _view(buffer, n)))
-        else:
-            data = self.source.read(self._position, n)
-            got = len(data)
-            if got <= n:
-                _view(buffer, got)[:] = data
-        if not 0 < got <= n:
-            raise EdgekitError(
-                f"the reader gave {got} bytes at offset {self._position} where 1 to {n} were asked"
-            )
-        return got
+            check_read(self._position, n, got)
+            return got
+        data = read_from(self.source, self._position, n)
+        _view(buffer, len(data))[:] = data
+        return len(data)
 
     def _seek(self, _cookie: int, offset: Any, whence: int) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}.get(whence)
