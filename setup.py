@@ -45,7 +45,9 @@ setup(
                     "wide_float",
                 )
             ],
-            depends=[f"kernels/{name}.h" for name in ("native", "blocks", "units", "wide")],
+            depends=[
+                f"kernels/{name}.h" for name in ("native", "blocks", "shuffle", "units", "wide")
+            ],
             optional=True,
         )
     ],

@@ -80,11 +80,41 @@ void blocks_write_codes(int type, int n, uint8_t *p, const uint8_t code[UNIT]) {
     PLANES(write)
 }
 
+INLINE uint32_t four_at(const uint8_t *p) {
+    uint32_t four;
+    memcpy(&four, p, 4);
+    return four;
+}
+
+/* The six-bit scales of Q3_K's 16 groups, four in a word. */
+INLINE void levels_of_q3(const uint8_t *p, uint8_t level[GROUPS]) {
+    const uint32_t low[2] = {four_at(p), four_at(p + 4)}, high = four_at(p + 8);
+    for (int k = 0; k < 4; k++) {
+        const uint32_t four = low[k % 2] >> (k / 2 * 4) & 0x0f0f0f0f;
+        const uint32_t whole = four | (high >> (2 * k) & 0x03030303) << 4;
+        memcpy(level + 4 * k, &whole, 4);
+    }
+}
+
+/* The six-bit scales, and then the offsets, of the eight double groups of Q4_K and Q5_K. */
+INLINE void levels_of_q4(const uint8_t *p, uint8_t level[16]) {
+    const uint32_t top = four_at(p + 8);
+    for (int k = 0; k < 2; k++) {
+        const uint32_t four = four_at(p + 4 * k);
+        const uint32_t first = four & 0x3f3f3f3f;
+        const uint32_t second = (top >> (4 * k) & 0x0f0f0f0f) | (four >> 2 & 0x30303030);
+        memcpy(level + 8 * k, &first, 4);
+        memcpy(level + 8 * k + 4, &second, 4);
+    }
+}
+
 /* Scale and offset of each group of a unit of n weights; in the order of operations of blocks.py. */
-void blocks_read_scales(int type, int n, const uint8_t *p, float scale[GROUPS],
-                        float offset[GROUPS]) {
-    for (int g = 0; g < GROUPS; g++) scale[g] = offset[g] = 0.0f;
+FAST void blocks_read_scales(int type, int n, const uint8_t *p, float scale[GROUPS],
+                             float offset[GROUPS]) {
     const int step = layout_of(type).block_bytes;
+    uint8_t level[GROUPS];
+    if (n < UNIT) memset(scale, 0, GROUPS * sizeof *scale);
+    memset(offset, 0, GROUPS * sizeof *offset);
     switch (type) {
     case T_Q4_0: case T_Q5_0: case T_Q8_0:
         for (int g = 0; g < n / GROUP; g += 2, p += step)
@@ -98,31 +128,21 @@ void blocks_read_scales(int type, int n, const uint8_t *p, float scale[GROUPS],
         break;
     case T_Q2_K: {
         const float d = half_at(p + 80), m = half_at(p + 82);
-        for (int g = 0; g < GROUPS; g++) {
-            scale[g] = d * (float)(p[g] & 15);
-            offset[g] = -(m * (float)(p[g] >> 4));
-        }
+        for (int g = 0; g < GROUPS; g++) scale[g] = d * (float)(p[g] & 15);
+        for (int g = 0; g < GROUPS; g++) offset[g] = -(m * (float)(p[g] >> 4));
         break;
     }
     case T_Q3_K: {
         const float d = half_at(p + 108);
-        const uint8_t *s = p + 96;
-        for (int g = 0; g < GROUPS; g++) {
-            const int low = g < 8 ? s[g] & 15 : s[g - 8] >> 4;
-            const int high = (s[8 + g % 4] >> (g / 4 * 2)) & 3;
-            scale[g] = d * ((float)(low | high << 4) - 32.0f);
-        }
+        levels_of_q3(p + 96, level);
+        for (int g = 0; g < GROUPS; g++) scale[g] = d * ((float)level[g] - 32.0f);
         break;
     }
     case T_Q4_K: case T_Q5_K: {
         const float d = half_at(p), m = half_at(p + 2);
-        const uint8_t *a = p + 4, *b = p + 8, *c = p + 12;
-        for (int j = 0; j < 4; j++) {
-            scale[2 * j] = scale[2 * j + 1] = d * (float)(a[j] & 63);
-            scale[8 + 2 * j] = scale[9 + 2 * j] = d * (float)((c[j] & 15) | a[j] >> 6 << 4);
-            offset[2 * j] = offset[2 * j + 1] = -(m * (float)(b[j] & 63));
-            offset[8 + 2 * j] = offset[9 + 2 * j] = -(m * (float)(c[j] >> 4 | b[j] >> 6 << 4));
-        }
+        levels_of_q4(p + 4, level);
+        for (int g = 0; g < GROUPS; g++) scale[g] = d * (float)level[g / 2];
+        for (int g = 0; g < GROUPS; g++) offset[g] = -(m * (float)level[8 + g / 2]);
         break;
     }
     case T_Q6_K: {
@@ -130,6 +150,6 @@ void blocks_read_scales(int type, int n, const uint8_t *p, float scale[GROUPS],
         for (int g = 0; g < GROUPS; g++) scale[g] = d * (float)(int8_t)p[192 + g];
         break;
     }
-    default: break;
+    default: memset(scale, 0, GROUPS * sizeof *scale); break;
     }
 }

@@ -2,8 +2,8 @@
  *
  * Functions return 0, or say what is wrong with a positive number; they read and write nothing
  * outside the arrays they are given, whatever those hold. */
+#include "shuffle.h"
 #include "units.h"
-
 #include "wide.h"
 
 #include <stdlib.h>
@@ -13,48 +13,78 @@ static const float ROUND = 12582912.0f; /* 1.5 * 2**23: adding it rounds half to
 
 INLINE int is_finite(float f) { return (bits_of(f) & EXPONENT) != EXPONENT; }
 
+/* Units are taken a few at a time, in passes: what one pass wrote with narrow stores the next one reads
+ * with wide loads, which would wait until it has reached the cache. */
+enum { TILE = 4, TILE_GROUPS = TILE * GROUPS };
+
+/* Of the groups of a tile. */
+typedef struct {
+    float scale[TILE_GROUPS], offset[TILE_GROUPS];
+} scales_t;
+
 /* child code = step * parent value + start, in each group */
-INLINE void unit_steps(int parent_type, int child_type, int n, const uint8_t *parent,
-                       const uint8_t *child, float step[GROUPS], float start[GROUPS]) {
-    float scale[GROUPS], offset[GROUPS], parent_scale[GROUPS], parent_offset[GROUPS];
-    read_parent_scales(parent_type, n, parent, parent_scale, parent_offset);
-    blocks_read_scales(child_type, n, child, scale, offset);
-    for (int g = 0; g < GROUPS; g++) {
-        const float inverse = 1.0f / scale[g];
-        const float a = parent_scale[g] * inverse;
-        const float b = (parent_offset[g] - offset[g]) * inverse;
+INLINE void find_steps(int n_groups, const scales_t *parent, const scales_t *child, float step[],
+                       float start[]) {
+    for (int g = 0; g < n_groups; g++) {
+        const float inverse = 1.0f / child->scale[g];
+        const float a = parent->scale[g] * inverse;
+        const float b = (parent->offset[g] - child->offset[g]) * inverse;
         const uint32_t usable = (uint32_t)-(is_finite(a) & is_finite(b)); /* no branches */
         step[g] = float_of(bits_of(a) & usable);
         start[g] = float_of(bits_of(b) & usable);
     }
 }
 
-/* Predictions of a unit modulo 256; with them whether the residual is negated (-1 or 0) and
- * whether the prediction rounded away a quarter or more. */
-INLINE void unit_predict(const float value[UNIT], const float step[GROUPS],
-                         const float start[GROUPS], layout_t layout, int8_t predicted[UNIT],
-                         int8_t negate[UNIT], uint8_t far[UNIT]) {
+/* What is predicted of a weight, modulo 256, and beside it MARK_FAR where the prediction rounded
+ * away a quarter or more, MARK_NEGATED where the residual is negated. */
+INLINE void predict_plain(int n, const float *exact, layout_t layout, uint8_t *predicted,
+                          uint8_t *marks) {
     const float low = (float)layout.low, high = (float)(layout.low + (1 << layout.bits) - 1);
-    float exact[UNIT], fraction[UNIT];
+    float fraction[UNIT];
     uint32_t shifted[UNIT];
-    for (int g = 0; g < GROUPS; g++)
-        for (int i = g * GROUP; i < (g + 1) * GROUP; i++)
-            exact[i] = value[i] * step[g] + start[g];
-    for (int i = 0; i < UNIT; i++) {
+    for (int i = 0; i < n; i++) {
         float within = exact[i] < low ? low : exact[i];
         within = within > high ? high : within;
         const float sum = within + ROUND; /* the prediction is in its lowest bits */
         shifted[i] = bits_of(sum);
         fraction[i] = within - (sum - ROUND);
     }
-    for (int i = 0; i < UNIT; i++) predicted[i] = (int8_t)shifted[i];
-    for (int i = 0; i < UNIT; i++) negate[i] = (int8_t)-(fraction[i] < 0.0f);
-    for (int i = 0; i < UNIT; i++) far[i] = (bits_of(fraction[i]) & MAGNITUDE) >= 0x3e800000u;
+    for (int i = 0; i < n; i++) predicted[i] = (uint8_t)shifted[i];
+    for (int i = 0; i < n; i++) {
+        const uint32_t far = (bits_of(fraction[i]) & MAGNITUDE) >= 0x3e800000u;
+        const uint32_t negate = fraction[i] < 0.0f ? MARK_NEGATED : 0;
+        marks[i] = (uint8_t)(far | negate);
+    }
 }
 
-INLINE int step_class(float step, const uint32_t limits[3]) {
-    const uint32_t size = bits_of(step) & MAGNITUDE;
-    return (size > limits[0]) + (size > limits[1]) + (size > limits[2]);
+/* What is predicted of weights, before it is rounded. */
+INLINE void exact_of_each(const float value[UNIT], const float step[GROUPS],
+                          const float start[GROUPS], float exact[UNIT]) {
+    for (int g = 0; g < GROUPS; g++)
+        for (int i = g * GROUP; i < (g + 1) * GROUP; i++) exact[i] = value[i] * step[g] + start[g];
+}
+
+/* Where the parent has few codes in a group: for each of them, group after group. */
+INLINE void exact_of_codes(int n_codes, const float value_of[], const float step[GROUPS],
+                           const float start[GROUPS], float exact[]) {
+    for (int g = 0; g < GROUPS; g++)
+        for (int c = 0; c < n_codes; c++)
+            exact[g * n_codes + c] = value_of[c] * step[g] + start[g];
+}
+
+INLINE void look_up_codes(int n_codes, const uint8_t of_code[], const uint8_t code[UNIT],
+                          uint8_t of_weight[UNIT]) {
+    for (int g = 0; g < GROUPS; g++)
+        look_up(of_code + g * n_codes, code + g * GROUP, of_weight + g * GROUP);
+}
+
+/* Of each group: how many limits its step is above. */
+INLINE void find_classes(int n_groups, const float step[], const uint32_t limits[3],
+                         uint8_t class[]) {
+    for (int g = 0; g < n_groups; g++) {
+        const uint32_t size = bits_of(step[g]) & MAGNITUDE;
+        class[g] = (uint8_t)((size > limits[0]) + (size > limits[1]) + (size > limits[2]));
+    }
 }
 
 static int by_value(const void *a, const void *b) {
@@ -68,12 +98,18 @@ static void quartiles(int parent_type, int child_type, size_t n, const uint8_t *
     const size_t n_groups = n / GROUP, stride = (n_groups + SAMPLE - 1) / SAMPLE;
     uint32_t size[SAMPLE];
     float step[GROUPS], start[GROUPS];
+    scales_t of_parent, of_child;
     size_t n_sizes = 0, last = SIZE_MAX;
     for (size_t g = 0; g < n_groups; g += stride) {
         const size_t unit = g / GROUPS, rest = n - unit * UNIT;
-        if (unit != last)
-            unit_steps(parent_type, child_type, rest < UNIT ? (int)rest : UNIT,
-                       parent + unit * parent_unit, child + unit * child_unit, step, start);
+        const int m = rest < UNIT ? (int)rest : UNIT;
+        if (unit != last) {
+            read_parent_scales(parent_type, m, parent + unit * parent_unit, of_parent.scale,
+                               of_parent.offset);
+            blocks_read_scales(child_type, m, child + unit * child_unit, of_child.scale,
+                               of_child.offset);
+            find_steps(GROUPS, &of_parent, &of_child, step, start);
+        }
         last = unit;
         size[n_sizes++] = bits_of(step[g % GROUPS]) & MAGNITUDE;
     }
@@ -81,178 +117,287 @@ static void quartiles(int parent_type, int child_type, size_t n, const uint8_t *
     for (size_t k = 0; k < 3; k++) limits[k] = size[n_sizes * (k + 1) / 4];
 }
 
-/* The scale bytes of a unit, from and to planes over all n_blocks blocks, of which this is the
- * first-th. */
-INLINE void unit_rest(layout_t layout, int n, uint8_t *child, uint8_t *rest, size_t first,
-                      size_t n_blocks, int is_join) {
-    for (int b = 0; b < n / layout.block; b++, child += layout.block_bytes) {
-        uint8_t *plane = rest + first + (size_t)b;
-        for (int r = 0; r < 2; r++)
-            for (int k = 0; k < layout.n_scale[r]; k++, plane += n_blocks) {
-                if (is_join) child[layout.scale_at[r] + k] = *plane;
-                else *plane = child[layout.scale_at[r] + k];
-            }
-    }
-}
-
-/* For each set of far weights among eight, one bit each: where eight residuals come from when the
- * near ones lie first and the far ones after them (collect), or where those come from (deal). */
+/* For each set of far weights among eight, one bit each: where the residuals go when the near ones
+ * lie first and the far ones after them (deal), or where they come from when the near ones are the
+ * first eight bytes and the far ones the next (collect). */
 typedef struct {
-    uint8_t from[256][8];
+    uint64_t from[256];
+    uint8_t n_far[256];
 } orders_t;
 
 static void make_orders(orders_t *orders, int is_join) {
     for (int set = 0; set < 256; set++) {
-        int n_near = 0, at[2] = {0, 0}; /* the next near, the next far */
+        uint8_t from[8];
+        int n_near = 0;
         for (int i = 0; i < 8; i++) n_near += !(set >> i & 1);
-        at[1] = n_near;
+        int at[2] = {0, is_join ? 8 : n_near}; /* the next near, the next far */
         for (int i = 0; i < 8; i++) {
             const int place = at[set >> i & 1]++;
-            if (is_join) orders->from[set][i] = (uint8_t)place;
-            else orders->from[set][place] = (uint8_t)i;
+            if (is_join) from[i] = (uint8_t)place;
+            else from[place] = (uint8_t)i;
         }
+        memcpy(&orders->from[set], from, 8);
+        orders->n_far[set] = (uint8_t)(8 - n_near);
     }
 }
 
-/* Byte i of the result is byte order[i] of eight. */
-INLINE uint64_t reorder(uint64_t eight, const uint8_t order[8]) {
-#if defined(__GNUC__) && !defined(__clang__)
-    typedef uint8_t bytes_t __attribute__((vector_size(16)));
-    typedef uint64_t words_t __attribute__((vector_size(16)));
-    uint64_t index;
-    memcpy(&index, order, 8);
-    const words_t from = {eight, 0}, at = {index, 0};
-    return ((words_t)__builtin_shuffle((bytes_t)from, (bytes_t)at))[0];
-#else
-    uint64_t whole = 0;
-    for (int i = 0; i < 8; i++) whole |= (eight >> (8 * order[i]) & 0xff) << (8 * i);
-    return whole;
-#endif
+INLINE uint64_t eight_at(const uint8_t *p) {
+    uint64_t eight;
+    memcpy(&eight, p, 8);
+    return eight;
 }
 
-/* far: bytes of 0 and 1. */
-INLINE int set_of(uint64_t far) { return (int)((far * 0x0102040810204080u) >> 56); }
-INLINE int count_of(uint64_t far) { return (int)((far * 0x0101010101010101u) >> 56); }
+/* Which of eight weights are far, one bit each. */
+INLINE int set_of(const uint8_t marks[8]) {
+    return (int)(((eight_at(marks) & 0x0101010101010101u) * 0x0102040810204080u) >> 56);
+}
 
-/* Deal the residuals of n groups out to their pairs of streams, each weight's by far[]; eight at
- * a time, without branches: they would be guessed wrong. */
-INLINE void deal_plain(streams_t *to, int n, const uint8_t pair[GROUPS], const uint8_t far[UNIT],
-                       const int8_t residual[UNIT], const orders_t *orders) {
-    for (int i = 0; i < n * GROUP; i += 8) {
-        uint8_t **near_to = &to->at[pair[i / GROUP]], **far_to = near_to + 1;
-        uint64_t flags, eight;
-        memcpy(&flags, far + i, 8);
-        memcpy(&eight, residual + i, 8);
-        const int n_far = count_of(flags);
-        const uint64_t sorted = reorder(eight, orders->from[set_of(flags)]);
-        const uint64_t far_ones = n_far ? sorted >> (64 - 8 * n_far) : 0;
-        memcpy(*near_to, &sorted, 8); /* too many, written over next time */
-        memcpy(*far_to, &far_ones, 8);
-        *near_to += 8 - n_far;
-        *far_to += n_far;
+/* Deal the residuals of n groups out to the streams of their classes, each weight's by its mark;
+ * eight at a time, without branches: they would be guessed wrong. */
+INLINE void deal_plain(streams_t *to, int n, const uint8_t class[GROUPS], const uint8_t marks[UNIT],
+                 const uint8_t residual[UNIT], const orders_t *orders) {
+    counts_t done = {0, 0};
+    for (int g = 0; g < n; g++) {
+        uint8_t *near_to = near_at(to, done, class[g]), *far_to = far_at(to, done, class[g]);
+        uint64_t of_group = 0;
+        for (int i = g * GROUP; i < (g + 1) * GROUP; i += 8) {
+            const int set = set_of(marks + i);
+            const uint64_t n_far = orders->n_far[set];
+            const uint64_t sorted = pick(eight_at(residual + i), 0, orders->from[set]);
+            const uint64_t far_ones = n_far ? sorted >> (64 - 8 * n_far) : 0;
+            memcpy(near_to, &sorted, 8); /* too many, written over next time */
+            memcpy(far_to, &far_ones, 8);
+            near_to += 8 - n_far;
+            far_to += n_far;
+            of_group += n_far;
+        }
+        done = counted(done, class[g], of_group);
+    }
+    advance(to, done);
+}
+
+/* The reverse. */
+INLINE void collect_plain(streams_t *from, int n, const uint8_t class[GROUPS],
+                    const uint8_t marks[UNIT], uint8_t residual[UNIT], const orders_t *orders) {
+    counts_t done = {0, 0};
+    for (int g = 0; g < n; g++) {
+        const uint8_t *near_from = near_at(from, done, class[g]);
+        const uint8_t *far_from = far_at(from, done, class[g]);
+        uint64_t of_group = 0;
+        for (int i = g * GROUP; i < (g + 1) * GROUP; i += 8) {
+            const int set = set_of(marks + i);
+            const uint64_t n_far = orders->n_far[set];
+            const uint64_t eight = pick(eight_at(near_from), eight_at(far_from), orders->from[set]);
+            memcpy(residual + i, &eight, 8);
+            near_from += 8 - n_far;
+            far_from += n_far;
+            of_group += n_far;
+        }
+        done = counted(done, class[g], of_group);
+    }
+    advance(from, done);
+}
+
+/* Codes, as they are stored, of predictions and residuals. */
+INLINE void add_residuals(layout_t layout, const uint8_t predicted[UNIT],
+                          const uint8_t marks[UNIT], const uint8_t residual[UNIT],
+                          uint8_t code[UNIT]) {
+    const uint8_t mask = (uint8_t)((1 << layout.bits) - 1);
+    for (int i = 0; i < UNIT; i++) {
+        const uint8_t negate = (int8_t)marks[i] < 0 ? 0xff : 0;
+        const uint8_t flipped = (uint8_t)((residual[i] ^ negate) - negate);
+        const uint8_t raw = (uint8_t)((uint8_t)(predicted[i] + flipped) - layout.low) & mask;
+        code[i] = raw ^ (uint8_t)layout.flip;
     }
 }
 
 /* The reverse. */
-INLINE void collect_plain(streams_t *from, int n, const uint8_t pair[GROUPS],
-                          const uint8_t far[UNIT], int8_t residual[UNIT],
-                          const orders_t *orders) {
-    for (int i = 0; i < n * GROUP; i += 8) {
-        uint8_t **near_at = &from->at[pair[i / GROUP]], **far_at = near_at + 1;
-        uint64_t flags, near_ones, far_ones;
-        memcpy(&flags, far + i, 8);
-        memcpy(&near_ones, *near_at, 8);
-        memcpy(&far_ones, *far_at, 8);
-        const int n_far = count_of(flags);
-        const uint64_t shifted = n_far ? far_ones << (64 - 8 * n_far) : 0;
-        const uint64_t kept = n_far == 8 ? 0 : near_ones & (~(uint64_t)0 >> (8 * n_far));
-        const uint64_t eight = reorder(shifted | kept, orders->from[set_of(flags)]);
-        memcpy(residual + i, &eight, 8);
-        *near_at += 8 - n_far;
-        *far_at += n_far;
+INLINE void find_residuals(layout_t layout, const uint8_t predicted[UNIT],
+                           const uint8_t marks[UNIT], const uint8_t code[UNIT],
+                           uint8_t residual[UNIT]) {
+    const uint8_t half = (uint8_t)(1 << (layout.bits - 1)), mask = (uint8_t)(2 * half - 1);
+    for (int i = 0; i < UNIT; i++) {
+        const uint8_t negate = (int8_t)marks[i] < 0 ? 0xff : 0;
+        const uint8_t plain = (uint8_t)((code[i] ^ (uint8_t)layout.flip) + layout.low);
+        const uint8_t wrapped = (uint8_t)((uint8_t)(plain - predicted[i] + half) & mask) - half;
+        residual[i] = (uint8_t)((wrapped ^ negate) - negate);
     }
 }
 
-/* Split a unit's codes into residuals, or make codes of residuals. code: values modulo 256. */
-INLINE void unit_plain(const float value[UNIT], const float step[GROUPS],
-                       const float start[GROUPS], layout_t layout, const uint32_t limits[3],
-                       int n_groups, streams_t *streams, uint8_t code[UNIT],
-                       const orders_t *orders, int is_join) {
-    const uint8_t half = (uint8_t)(1 << (layout.bits - 1)), mask = (uint8_t)(2 * half - 1);
-    int8_t predicted[UNIT], negate[UNIT], residual[UNIT];
-    uint8_t far[UNIT], pair[GROUPS];
-    unit_predict(value, step, start, layout, predicted, negate, far);
-    for (int g = 0; g < GROUPS; g++) pair[g] = (uint8_t)(2 * step_class(step[g], limits));
-    if (is_join) {
-        collect_plain(streams, n_groups, pair, far, residual, orders);
-        for (int i = 0; i < UNIT; i++) {
-            const uint8_t flipped = (uint8_t)((residual[i] ^ negate[i]) - negate[i]);
-            const uint8_t raw = (uint8_t)((uint8_t)(predicted[i] + flipped) - layout.low) & mask;
-            code[i] = raw ^ (uint8_t)layout.flip;
+typedef struct {
+    scales_t of_parent, of_child;
+    float step[TILE_GROUPS], start[TILE_GROUPS], exact[TILE][UNIT];
+    uint8_t class[TILE_GROUPS], parent_code[TILE][UNIT];
+    uint8_t of_code[TILE][2][UNIT]; /* predictions and marks of codes */
+    uint8_t predicted[TILE][UNIT], marks[TILE][UNIT], residual[TILE][UNIT], code[TILE][UNIT];
+} tile_t;
+
+/* What is the same for all units of a call. */
+typedef struct {
+    int parent_type, child_type, is_wide, n_codes; /* codes of a group where they are few, or 0 */
+    layout_t layout;
+    size_t n, n_units, n_blocks, parent_unit, child_unit;
+    float value_of[8]; /* the parent's codes */
+    orders_t orders;
+} way_t;
+
+/* Returns 0 where there is no such way. */
+static int find_way(int parent_type, int child_type, size_t n, int is_plain, int is_join,
+                    way_t *way) {
+    const layout_t layout = layout_of(child_type), above = layout_of(parent_type);
+    if (!layout.block || n % (size_t)layout.block || !is_parent(parent_type, n)) return 0;
+    way->parent_type = parent_type;
+    way->child_type = child_type;
+    way->layout = layout;
+    way->n_codes = above.block == UNIT && above.bits <= 3 ? 1 << above.bits : 0;
+    for (int c = 0; c < 8; c++) way->value_of[c] = (float)(above.low + c);
+    way->n = n;
+    way->n_units = (n + UNIT - 1) / UNIT;
+    way->n_blocks = n / (size_t)layout.block;
+    way->parent_unit = unit_bytes(parent_type);
+    way->child_unit = unit_bytes(child_type);
+    way->is_wide = !is_plain && wide_supported();
+    if (!way->is_wide) make_orders(&way->orders, is_join);
+    return 1;
+}
+
+INLINE void predict(const way_t *way, int n, const float *exact, uint8_t *predicted,
+                    uint8_t *marks) {
+    if (way->is_wide) wide_predict(n, exact, way->layout, predicted, marks);
+    else predict_plain(n, exact, way->layout, predicted, marks);
+}
+
+/* Of unit i of a tile, which has n groups. */
+INLINE void deal(const way_t *way, streams_t *to, size_t i, int n, const tile_t *tile) {
+    const uint8_t *class = tile->class + i * GROUPS;
+    if (way->is_wide) wide_deal(to, n, class, tile->marks[i], tile->residual[i]);
+    else deal_plain(to, n, class, tile->marks[i], tile->residual[i], &way->orders);
+}
+
+INLINE void collect(const way_t *way, streams_t *from, size_t i, int n, tile_t *tile) {
+    const uint8_t *class = tile->class + i * GROUPS;
+    if (way->is_wide) wide_collect(from, n, class, tile->marks[i], tile->residual[i]);
+    else collect_plain(from, n, class, tile->marks[i], tile->residual[i], &way->orders);
+}
+
+/* Weights of unit u: all but the last one are whole. */
+INLINE int in_unit(const way_t *way, size_t u) {
+    const size_t n_left = way->n - u * UNIT;
+    return n_left < UNIT ? (int)n_left : UNIT;
+}
+
+/* The scale bytes of units [first, last), from and to planes over all blocks of the call: by tiles,
+ * so that a line of each plane is used whole. */
+INLINE void copy_rest(const way_t *way, size_t first, size_t last, uint8_t *child, uint8_t *rest,
+                      int is_join) {
+    const layout_t layout = way->layout;
+    const size_t per_unit = UNIT / (size_t)layout.block;
+    const size_t n = (last < way->n_units ? last * per_unit : way->n_blocks) - first * per_unit;
+    child += first * way->child_unit;
+    rest += first * per_unit;
+    for (int r = 0; r < 2; r++)
+        for (int k = 0; k < layout.n_scale[r]; k++, rest += way->n_blocks) {
+            uint8_t *at = child + layout.scale_at[r] + k;
+            for (size_t b = 0; b < n; b++, at += layout.block_bytes) {
+                if (is_join) *at = rest[b];
+                else rest[b] = *at;
+            }
         }
-        return;
+}
+
+INLINE void predict_codes(const way_t *way, int n_codes, size_t n_units, const uint8_t *parent,
+                          tile_t *tile) {
+    for (size_t i = 0; i < n_units; i++)
+        exact_of_codes(n_codes, way->value_of, tile->step + i * GROUPS, tile->start + i * GROUPS,
+                       tile->exact[i]);
+    for (size_t i = 0; i < n_units; i++)
+        predict(way, GROUPS * n_codes, tile->exact[i], tile->of_code[i][0], tile->of_code[i][1]);
+    for (size_t i = 0; i < n_units; i++)
+        blocks_read_codes(way->parent_type, UNIT, parent + i * way->parent_unit,
+                          tile->parent_code[i]);
+    for (size_t i = 0; i < n_units; i++) {
+        look_up_codes(n_codes, tile->of_code[i][0], tile->parent_code[i], tile->predicted[i]);
+        look_up_codes(n_codes, tile->of_code[i][1], tile->parent_code[i], tile->marks[i]);
     }
-    for (int i = 0; i < UNIT; i++) {
-        const uint8_t plain = (uint8_t)((code[i] ^ (uint8_t)layout.flip) + layout.low);
-        const uint8_t wrapped = (uint8_t)((uint8_t)(plain - predicted[i] + half) & mask) - half;
-        residual[i] = (int8_t)((wrapped ^ (uint8_t)negate[i]) - (uint8_t)negate[i]);
+}
+
+INLINE void predict_weights(const way_t *way, size_t first, size_t last, const uint8_t *parent,
+                            tile_t *tile) {
+    for (size_t i = 0; i < last - first; i++, parent += way->parent_unit) {
+        float value[UNIT];
+        read_values(way->parent_type, in_unit(way, first + i), parent, value);
+        exact_of_each(value, tile->step + i * GROUPS, tile->start + i * GROUPS, tile->exact[i]);
     }
-    deal_plain(streams, n_groups, pair, far, residual, orders);
+    for (size_t i = 0; i < last - first; i++)
+        predict(way, UNIT, tile->exact[i], tile->predicted[i], tile->marks[i]);
+}
+
+/* Predictions of units [first, last), once the scales of the child are there. */
+INLINE void predict_tile(const way_t *way, const uint32_t limits[3], size_t first, size_t last,
+                         const uint8_t *parent, const uint8_t *child, tile_t *tile) {
+    for (size_t u = first; u < last; u++) {
+        const size_t g = (u - first) * GROUPS;
+        const int m = in_unit(way, u);
+        read_parent_scales(way->parent_type, m, parent + u * way->parent_unit,
+                           tile->of_parent.scale + g, tile->of_parent.offset + g);
+        blocks_read_scales(way->child_type, m, child + u * way->child_unit,
+                           tile->of_child.scale + g, tile->of_child.offset + g);
+    }
+    find_steps((int)(last - first) * GROUPS, &tile->of_parent, &tile->of_child, tile->step,
+               tile->start);
+    find_classes((int)(last - first) * GROUPS, tile->step, limits, tile->class);
+    parent += first * way->parent_unit;
+    if (way->n_codes == 4)
+        predict_codes(way, 4, last - first, parent, tile);
+    else if (way->n_codes == 8)
+        predict_codes(way, 8, last - first, parent, tile);
+    else
+        predict_weights(way, first, last, parent, tile);
 }
 
 FAST int split_codes(int parent_type, int child_type, size_t n, const uint8_t *parent,
                      uint8_t *child, level_t *level, streams_t *streams) {
-    const layout_t layout = layout_of(child_type);
-    if (!layout.block || n % (size_t)layout.block || !is_parent(parent_type, n)) return BAD_TYPE;
-    const size_t parent_unit = unit_bytes(parent_type), child_unit = unit_bytes(child_type);
-    const int is_wide = !level->is_plain && wide_supported();
-    orders_t orders;
-    if (!is_wide) make_orders(&orders, 0);
+    way_t way;
+    tile_t tile;
+    if (!find_way(parent_type, child_type, n, level->is_plain, 0, &way)) return BAD_TYPE;
     if (n)
-        quartiles(parent_type, child_type, n, parent, parent_unit, child, child_unit,
+        quartiles(parent_type, child_type, n, parent, way.parent_unit, child, way.child_unit,
                   level->limits);
-    for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += child_unit) {
-        const int m = n - done < UNIT ? (int)(n - done) : UNIT;
-        float value[UNIT], step[GROUPS], start[GROUPS];
-        uint8_t code[UNIT];
-        unit_rest(layout, m, child, level->rest, done / (size_t)layout.block,
-                  n / (size_t)layout.block, 0);
-        unit_steps(parent_type, child_type, m, parent, child, step, start);
-        read_values(parent_type, m, parent, value);
-        blocks_read_codes(child_type, m, child, code);
-        if (is_wide)
-            wide_split(value, step, start, layout, level->limits, m / GROUP, streams, code);
-        else
-            unit_plain(value, step, start, layout, level->limits, m / GROUP, streams, code,
-                       &orders, 0);
+    for (size_t first = 0; first < way.n_units; first += TILE) {
+        const size_t last = way.n_units - first < TILE ? way.n_units : first + TILE;
+        copy_rest(&way, first, last, child, level->rest, 0);
+        predict_tile(&way, level->limits, first, last, parent, child, &tile);
+        for (size_t i = 0; i < last - first; i++) {
+            const int m = in_unit(&way, first + i);
+            blocks_read_codes(child_type, m, child + (first + i) * way.child_unit, tile.code[i]);
+            find_residuals(way.layout, tile.predicted[i], tile.marks[i], tile.code[i],
+                           tile.residual[i]);
+            deal(&way, streams, i, m / GROUP, &tile);
+        }
     }
     return 0;
 }
 
 FAST int join_codes(int parent_type, int child_type, size_t n, const uint8_t *parent,
                     uint8_t *child, const level_t *level, streams_t *streams) {
-    const layout_t layout = layout_of(child_type);
-    if (!layout.block || n % (size_t)layout.block || !is_parent(parent_type, n)) return BAD_TYPE;
-    const size_t parent_unit = unit_bytes(parent_type), child_unit = unit_bytes(child_type);
-    const int is_wide = !level->is_plain && wide_supported();
-    orders_t orders;
-    if (!is_wide) make_orders(&orders, 1);
-    for (size_t done = 0; done < n; done += UNIT, parent += parent_unit, child += child_unit) {
-        const int m = n - done < UNIT ? (int)(n - done) : UNIT;
-        float value[UNIT], step[GROUPS], start[GROUPS];
-        uint8_t code[UNIT];
-        const int bad = streams_check(streams, CODE_STREAMS);
-        if (bad) return bad;
-        unit_rest(layout, m, child, level->rest, done / (size_t)layout.block,
-                  n / (size_t)layout.block, 1);
-        unit_steps(parent_type, child_type, m, parent, child, step, start);
-        read_values(parent_type, m, parent, value);
-        if (is_wide)
-            wide_join(value, step, start, layout, level->limits, m / GROUP, streams, code);
-        else
-            unit_plain(value, step, start, layout, level->limits, m / GROUP, streams, code,
-                       &orders, 1);
-        blocks_write_codes(child_type, m, child, code);
+    way_t way;
+    tile_t tile;
+    if (!find_way(parent_type, child_type, n, level->is_plain, 1, &way)) return BAD_TYPE;
+    for (size_t first = 0; first < way.n_units; first += TILE) {
+        const size_t last = way.n_units - first < TILE ? way.n_units : first + TILE;
+        copy_rest(&way, first, last, child, level->rest, 1);
+        predict_tile(&way, level->limits, first, last, parent, child, &tile);
+        for (size_t i = 0; i < last - first; i++) {
+            const int bad = streams_check(streams, CODE_STREAMS);
+            if (bad) return bad;
+            collect(&way, streams, i, in_unit(&way, first + i) / GROUP, &tile);
+        }
+        for (size_t i = 0; i < last - first; i++) {
+            add_residuals(way.layout, tile.predicted[i], tile.marks[i], tile.residual[i],
+                          tile.code[i]);
+            blocks_write_codes(child_type, in_unit(&way, first + i),
+                               child + (first + i) * way.child_unit, tile.code[i]);
+        }
     }
     return streams_finish(streams, CODE_STREAMS);
 }

@@ -86,6 +86,37 @@ INLINE int streams_finish(const streams_t *streams, int n_streams) {
     return 0;
 }
 
+/* A weight whose residual is in its class's second stream; one whose residual is negated. */
+enum { MARK_FAR = 1, MARK_NEGATED = 0x80 };
+
+/* How far each class's streams of near and of far residuals have come, in 16 bits each: in memory
+ * they would make every group wait for the one before it. */
+typedef struct {
+    uint64_t n_near, n_far;
+} counts_t;
+
+INLINE size_t of_class(uint64_t counts, int c) { return (size_t)(counts >> (16 * c) & 0xffff); }
+
+INLINE uint8_t *near_at(const streams_t *streams, counts_t done, int c) {
+    return streams->at[2 * c] + of_class(done.n_near, c);
+}
+
+INLINE uint8_t *far_at(const streams_t *streams, counts_t done, int c) {
+    return streams->at[2 * c + 1] + of_class(done.n_far, c);
+}
+
+/* With one more group of class c, of which n_far are far. */
+INLINE counts_t counted(counts_t done, int c, uint64_t n_far) {
+    return (counts_t){done.n_near + ((GROUP - n_far) << (16 * c)), done.n_far + (n_far << (16 * c))};
+}
+
+INLINE void advance(streams_t *streams, counts_t done) {
+    for (int c = 0; c < CODE_STREAMS / 2; c++) {
+        streams->at[2 * c] += of_class(done.n_near, c);
+        streams->at[2 * c + 1] += of_class(done.n_far, c);
+    }
+}
+
 int split_codes(int parent_type, int child_type, size_t n, const uint8_t *parent, uint8_t *child,
                 level_t *level, streams_t *streams);
 int join_codes(int parent_type, int child_type, size_t n, const uint8_t *parent, uint8_t *child,

@@ -1,6 +1,6 @@
-/* Units of codes with AVX-512: the same results as unit_plain in nested.c, which runs elsewhere.
- * What costs time there is the dealing out of residuals; here a compressing or expanding move does
- * it for a whole vector. */
+/* Predictions, and dealing out and collecting residuals, with AVX-512: the same results as predict,
+ * deal and collect in nested.c, which run elsewhere. A compressing or expanding move does it for a
+ * whole group. */
 #include "wide.h"
 
 #ifdef WIDE
@@ -12,132 +12,86 @@ int wide_supported(void) {
            __builtin_cpu_supports("popcnt");
 }
 
-/* One bit per weight: whether the residual is negated, whether it goes to its pair's second
- * stream, and for each class of steps whether the weight is of it. */
-typedef struct {
-    uint16_t negate[GROUPS], far[GROUPS];
-    __mmask16 of_class[4]; /* one bit per group */
-} marks_t;
-
-WIDE_INLINE void predict(const float value[UNIT], const float step[GROUPS],
-                         const float start[GROUPS], layout_t layout, const uint32_t limits[3],
-                         int n_groups, uint8_t predicted[UNIT], marks_t *marks) {
-    const __m512 low = _mm512_set1_ps((float)layout.low);
+WIDE void wide_predict(int n, const float *exact, layout_t layout, uint8_t *predicted,
+                       uint8_t *marks) {
+    const __m512 low = _mm512_set1_ps((float)layout.low), quarter = _mm512_set1_ps(0.25f);
     const __m512 high = _mm512_set1_ps((float)(layout.low + (1 << layout.bits) - 1));
-    const __m512 round = _mm512_set1_ps(12582912.0f), zero = _mm512_setzero_ps();
-    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-    const __m512i quarter = _mm512_set1_epi32(0x3e800000);
-    for (int g = 0; g < GROUPS; g++) {
-        const __m512 product = _mm512_mul_ps(_mm512_loadu_ps(value + g * GROUP),
-                                             _mm512_set1_ps(step[g]));
-        const __m512 exact = _mm512_add_ps(product, _mm512_set1_ps(start[g]));
-        const __m512 within = _mm512_min_ps(_mm512_max_ps(exact, low), high);
+    const __m512 round = _mm512_set1_ps(12582912.0f);
+    for (int i = 0; i < n; i += 16) {
+        const __m512 above = _mm512_max_ps(_mm512_loadu_ps(exact + i), low);
+        const __m512 within = _mm512_min_ps(above, high);
         const __m512 sum = _mm512_add_ps(within, round);
         const __m512 fraction = _mm512_sub_ps(within, _mm512_sub_ps(sum, round));
-        const __m512i size = _mm512_and_si512(_mm512_castps_si512(fraction), magnitude);
-        _mm_storeu_si128((__m128i *)(predicted + g * GROUP),
+        const __mmask16 negate = _mm512_cmp_ps_mask(fraction, _mm512_setzero_ps(), _CMP_LT_OQ);
+        const __mmask16 far = _mm512_cmp_ps_mask(_mm512_abs_ps(fraction), quarter, _CMP_GE_OQ);
+        const __m128i negated = _mm_maskz_set1_epi8(negate, (char)MARK_NEGATED);
+        _mm_storeu_si128((__m128i *)(predicted + i),
                          _mm512_cvtepi32_epi8(_mm512_castps_si512(sum)));
-        marks->negate[g] = (uint16_t)_mm512_cmp_ps_mask(fraction, zero, _CMP_LT_OQ);
-        marks->far[g] = (uint16_t)_mm512_cmpge_epu32_mask(size, quarter);
+        _mm_storeu_si128((__m128i *)(marks + i),
+                         _mm_or_si128(negated, _mm_maskz_set1_epi8(far, MARK_FAR)));
     }
-    const __m512i size = _mm512_and_si512(_mm512_loadu_si512(step), magnitude);
-    __m512i above = _mm512_setzero_si512();
-    for (int k = 0; k < 3; k++) {
-        const __m512i limit = _mm512_set1_epi32((int)limits[k]), one = _mm512_set1_epi32(1);
-        above = _mm512_mask_add_epi32(above, _mm512_cmpgt_epu32_mask(size, limit), above, one);
-    }
-    for (int c = 0; c < 4; c++)
-        marks->of_class[c] = (__mmask16)(_mm512_cmpeq_epi32_mask(above, _mm512_set1_epi32(c)) &
-                                         ((1u << n_groups) - 1));
 }
 
-/* The weights of class c among the 64 from group 4 * quarter, one bit each. */
-WIDE_INLINE uint64_t weights_of(const marks_t *marks, int c, int quarter) {
-    return _pdep_u64((uint64_t)marks->of_class[c] >> (4 * quarter), 0x0001000100010001u) * 0xffff;
+/* From memory an expanding move takes twice as long as from a register. */
+WIDE_INLINE __m128i expand(__mmask16 where, const uint8_t *at) {
+    __m128i bytes = _mm_loadu_si128((const __m128i *)at);
+    __asm__("" : "+v"(bytes));
+    return _mm_maskz_expand_epi8(where, bytes);
 }
 
-WIDE_INLINE uint64_t bits64(const uint16_t bits[GROUPS], int quarter) {
-    uint64_t whole;
-    memcpy(&whole, bits + 4 * quarter, 8);
-    return whole;
+WIDE_INLINE __mmask16 far_of(const uint8_t marks[GROUP]) {
+    const __m128i far = _mm_set1_epi8(MARK_FAR);
+    return _mm_test_epi8_mask(_mm_loadu_si128((const __m128i *)marks), far);
 }
 
-WIDE void wide_join(const float value[UNIT], const float step[GROUPS], const float start[GROUPS],
-                    layout_t layout, const uint32_t limits[3], int n_groups, streams_t *streams,
-                    uint8_t code[UNIT]) {
-    const __m512i low = _mm512_set1_epi8((char)layout.low), zero = _mm512_setzero_si512();
-    const __m512i mask = _mm512_set1_epi8((char)((1 << layout.bits) - 1));
-    const __m512i flip = _mm512_set1_epi8((char)layout.flip);
-    uint8_t predicted[UNIT];
-    marks_t marks;
-    const uint8_t *at[CODE_STREAMS];
-    predict(value, step, start, layout, limits, n_groups, predicted, &marks);
-    for (int k = 0; k < CODE_STREAMS; k++) at[k] = streams->at[k];
-    for (int q = 0; q < 4; q++) {
-        const uint64_t far = bits64(marks.far, q), negate = bits64(marks.negate, q);
-        __m512i residual = zero;
-        for (int c = 0; c < 4; c++) {
-            const uint64_t here = weights_of(&marks, c, q), a = here & ~far, b = here & far;
-            const __m512i near_ones = _mm512_maskz_expand_epi8(a, _mm512_loadu_si512(at[2 * c]));
-            const __m512i far_ones = _mm512_maskz_expand_epi8(b, _mm512_loadu_si512(at[2 * c + 1]));
-            residual = _mm512_or_si512(residual, _mm512_or_si512(near_ones, far_ones));
-            at[2 * c] += _mm_popcnt_u64(a);
-            at[2 * c + 1] += _mm_popcnt_u64(b);
-        }
-        residual = _mm512_mask_sub_epi8(residual, negate, zero, residual);
-        const __m512i sum = _mm512_add_epi8(residual, _mm512_loadu_si512(predicted + 64 * q));
-        const __m512i raw = _mm512_and_si512(_mm512_sub_epi8(sum, low), mask);
-        _mm512_storeu_si512(code + 64 * q, _mm512_xor_si512(raw, flip));
+WIDE void wide_collect(streams_t *from, int n, const uint8_t class[GROUPS],
+                       const uint8_t marks[UNIT], uint8_t residual[UNIT]) {
+    counts_t done = {0, 0};
+    for (int g = 0; g < n; g++) {
+        const int c = class[g];
+        const __mmask16 far = far_of(marks + g * GROUP);
+        const uint64_t n_far = (uint64_t)_mm_popcnt_u32(far);
+        const __m128i near_ones = expand(_knot_mask16(far), near_at(from, done, c));
+        const __m128i both = _mm_or_si128(near_ones, expand(far, far_at(from, done, c)));
+        _mm_storeu_si128((__m128i *)(residual + g * GROUP), both);
+        done = counted(done, c, n_far);
     }
-    for (int k = 0; k < CODE_STREAMS; k++) streams->at[k] = (uint8_t *)at[k];
+    advance(from, done);
 }
 
-WIDE void wide_split(const float value[UNIT], const float step[GROUPS], const float start[GROUPS],
-                     layout_t layout, const uint32_t limits[3], int n_groups, streams_t *streams,
-                     const uint8_t code[UNIT]) {
-    const __m512i low = _mm512_set1_epi8((char)layout.low), zero = _mm512_setzero_si512();
-    const __m512i mask = _mm512_set1_epi8((char)((1 << layout.bits) - 1));
-    const __m512i half = _mm512_set1_epi8((char)(1 << (layout.bits - 1)));
-    const __m512i flip = _mm512_set1_epi8((char)layout.flip);
-    uint8_t predicted[UNIT];
-    marks_t marks;
-    uint8_t *at[CODE_STREAMS];
-    predict(value, step, start, layout, limits, n_groups, predicted, &marks);
-    for (int k = 0; k < CODE_STREAMS; k++) at[k] = streams->at[k];
-    for (int q = 0; q < 4; q++) {
-        const uint64_t far = bits64(marks.far, q), negate = bits64(marks.negate, q);
-        const __m512i raw = _mm512_xor_si512(_mm512_loadu_si512(code + 64 * q), flip);
-        const __m512i plain = _mm512_add_epi8(raw, _mm512_add_epi8(low, half));
-        const __m512i apart = _mm512_sub_epi8(plain, _mm512_loadu_si512(predicted + 64 * q));
-        __m512i residual = _mm512_sub_epi8(_mm512_and_si512(apart, mask), half);
-        residual = _mm512_mask_sub_epi8(residual, negate, zero, residual);
-        for (int c = 0; c < 4; c++) {
-            const uint64_t here = weights_of(&marks, c, q), a = here & ~far, b = here & far;
-            _mm512_storeu_si512(at[2 * c], _mm512_maskz_compress_epi8(a, residual));
-            _mm512_storeu_si512(at[2 * c + 1], _mm512_maskz_compress_epi8(b, residual));
-            at[2 * c] += _mm_popcnt_u64(a);
-            at[2 * c + 1] += _mm_popcnt_u64(b);
-        }
+WIDE void wide_deal(streams_t *to, int n, const uint8_t class[GROUPS], const uint8_t marks[UNIT],
+                    const uint8_t residual[UNIT]) {
+    counts_t done = {0, 0};
+    for (int g = 0; g < n; g++) {
+        const int c = class[g];
+        const __mmask16 far = far_of(marks + g * GROUP);
+        const __m128i group = _mm_loadu_si128((const __m128i *)(residual + g * GROUP));
+        /* too many, written over next time */
+        _mm_storeu_si128((__m128i *)near_at(to, done, c),
+                         _mm_maskz_compress_epi8(_knot_mask16(far), group));
+        _mm_storeu_si128((__m128i *)far_at(to, done, c), _mm_maskz_compress_epi8(far, group));
+        done = counted(done, c, (uint64_t)_mm_popcnt_u32(far));
     }
-    for (int k = 0; k < CODE_STREAMS; k++) streams->at[k] = at[k];
+    advance(to, done);
 }
 
 #else
 
 int wide_supported(void) { return 0; }
 
-void wide_split(const float value[UNIT], const float step[GROUPS], const float start[GROUPS],
-                layout_t layout, const uint32_t limits[3], int n_groups, streams_t *streams,
-                const uint8_t code[UNIT]) {
-    (void)value, (void)step, (void)start, (void)layout, (void)limits, (void)n_groups;
-    (void)streams, (void)code;
+void wide_predict(int n, const float *exact, layout_t layout, uint8_t *predicted,
+                  uint8_t *marks) {
+    (void)n, (void)exact, (void)layout, (void)predicted, (void)marks;
 }
 
-void wide_join(const float value[UNIT], const float step[GROUPS], const float start[GROUPS],
-               layout_t layout, const uint32_t limits[3], int n_groups, streams_t *streams,
-               uint8_t code[UNIT]) {
-    (void)value, (void)step, (void)start, (void)layout, (void)limits, (void)n_groups;
-    (void)streams, (void)code;
+void wide_collect(streams_t *from, int n, const uint8_t class[GROUPS], const uint8_t marks[UNIT],
+                  uint8_t residual[UNIT]) {
+    (void)from, (void)n, (void)class, (void)marks, (void)residual;
+}
+
+void wide_deal(streams_t *to, int n, const uint8_t class[GROUPS], const uint8_t marks[UNIT],
+               const uint8_t residual[UNIT]) {
+    (void)to, (void)n, (void)class, (void)marks, (void)residual;
 }
 
 #endif

@@ -14,13 +14,14 @@
 /* Whether this machine has what the functions below need. */
 int wide_supported(void);
 
-/* Codes (as stored) to residuals and back; of the streams, those of the first n_groups groups. */
-void wide_split(const float value[UNIT], const float step[GROUPS], const float start[GROUPS],
-                layout_t layout, const uint32_t limits[3], int n_groups, streams_t *streams,
-                const uint8_t code[UNIT]);
-void wide_join(const float value[UNIT], const float step[GROUPS], const float start[GROUPS],
-               layout_t layout, const uint32_t limits[3], int n_groups, streams_t *streams,
-               uint8_t code[UNIT]);
+/* Predictions and marks of n values, a multiple of 16. */
+void wide_predict(int n, const float *exact, layout_t layout, uint8_t *predicted, uint8_t *marks);
+
+/* The residuals of n groups to the streams of their classes, each weight's by its mark, and back. */
+void wide_deal(streams_t *to, int n, const uint8_t class[GROUPS], const uint8_t marks[UNIT],
+               const uint8_t residual[UNIT]);
+void wide_collect(streams_t *from, int n, const uint8_t class[GROUPS], const uint8_t marks[UNIT],
+                  uint8_t residual[UNIT]);
 
 /* Streams of BF16 whose residuals fit in a byte each where the parent is the child rounded: half a
  * step is at most a quarter of these weights, 64 units in the last place. */

@@ -1,5 +1,6 @@
 """Loading a model: from files that exist nowhere, with a progress, and what is refused."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,13 @@ from virtual_files import Reader
 from edgekit.errors import EdgekitError, RefusedError, UnsupportedError
 from edgekit.exporters.gguf import read_header, tensor_offsets
 from edgekit.llama import Context, capture_log, has_fopencookie, open_model
+from edgekit.llama.unnamed import has_unnamed_files
+
+
+def shared_bytes() -> int:
+    """Resident pages of this process that are files in memory."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssShmem:")[1].split()[0]) << 10
 
 
 @pytest.fixture(scope="module")
@@ -18,15 +26,25 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("gguf") / "tiny.gguf", words=WORDS)
 
 
+@pytest.fixture(params=["stream", "memory"])
+def extra_bufts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether weights are to be repacked, and so are read through a stream, in small reads."""
+    monkeypatch.setattr("edgekit.llama.model._COPY_BYTES", 1 << 14)
+    return bool(request.param == "stream")
+
+
 @pytest.mark.skipif(not has_fopencookie(), reason="the C library has no fopencookie")
 def test_a_virtual_file_reads_every_tensor_once_and_nothing_across_tensors(
     tmp_path: Path,
 ) -> None:
-    """The file is five times the stream's buffer, or glibc would not read ahead of its seeks."""
+    """As weights that are repacked are read.
+
+    The file is five times the stream's buffer, or glibc would not read ahead of its seeks.
+    """
     path = write_tiny_llama(tmp_path / "wide.gguf", hidden=256, ffn=512)
     reader = Reader(path.read_bytes())
     header = read_header(path)
-    open_model(reader, header=header).close()
+    open_model(reader, header=header, extra_bufts=True).close()
     starts = [header.data_offset + n for n in tensor_offsets(header.tensors, header.alignment)]
     n_reads = dict.fromkeys(starts, 0)
     for offset, n in reader.calls:
@@ -40,8 +58,25 @@ def test_a_virtual_file_reads_every_tensor_once_and_nothing_across_tensors(
     assert set(n_reads.values()) == {1}
 
 
+@pytest.mark.skipif(not has_unnamed_files(), reason="the system has no files without names")
+def test_a_virtual_file_is_read_once_and_lies_in_memory_once(tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path / "wide.gguf", hidden=256, ffn=512, layers=8)
+    reader, descriptors = Reader(path.read_bytes()), sorted(os.listdir("/proc/self/fd"))
+    header = read_header(path)
+    before = shared_bytes()
+    with open_model(reader, header=header) as model:
+        assert sorted(os.listdir("/proc/self/fd")) == descriptors
+        taken = shared_bytes() - before
+        # the weights, and no second map of them; the header is given back but for a page
+        assert model.weights_bytes <= taken <= model.weights_bytes + (64 << 10)
+        assert "/memfd:edgekit" in Path("/proc/self/maps").read_text()
+    assert shared_bytes() == before
+    ends = [offset + n for offset, n in reader.calls if offset >= header.data_offset]
+    assert len(ends) == len(set(ends)) and ends[-1] == reader.size
+
+
 @pytest.mark.parametrize("error", [KeyError("level 7"), KeyboardInterrupt(), MemoryError()])
-def test_what_a_reader_raises_arrives(path: Path, error: BaseException) -> None:
+def test_what_a_reader_raises_arrives(path: Path, error: BaseException, extra_bufts: bool) -> None:
     class Failing(Reader):
         def read(self, offset: int, n: int) -> bytes:
             if offset > 50_000:
@@ -49,21 +84,23 @@ def test_what_a_reader_raises_arrives(path: Path, error: BaseException) -> None:
             return super().read(offset, n)
 
     with pytest.raises(type(error)) as caught:
-        open_model(Failing(path.read_bytes()))
+        open_model(Failing(path.read_bytes()), extra_bufts=extra_bufts)
     assert caught.value is error
 
 
 @pytest.mark.parametrize("wrong", [b"", bytes(1 << 22)])
-def test_a_reader_that_gives_too_little_or_too_much_is_an_error(path: Path, wrong: bytes) -> None:
+def test_a_reader_that_gives_too_little_or_too_much_is_an_error(
+    path: Path, wrong: bytes, extra_bufts: bool
+) -> None:
     class Wrong(Reader):
         def read(self, offset: int, n: int) -> bytes:
             return wrong if offset > 50_000 else super().read(offset, n)
 
     with pytest.raises(EdgekitError, match=rf"gave {len(wrong)} bytes at offset \d+ where 1 to"):
-        open_model(Wrong(path.read_bytes()))
+        open_model(Wrong(path.read_bytes()), extra_bufts=extra_bufts)
 
 
-def test_progress_rises_and_an_exception_in_it_cancels(path: Path) -> None:
+def test_progress_rises_and_an_exception_in_it_cancels(path: Path, extra_bufts: bool) -> None:
     shares: list[float] = []
     open_model(path, residency="anon", progress=shares.append).close()
     assert shares == sorted(shares) and len(shares) >= 20 and 0 <= shares[0] < 0.5 < shares[-1] <= 1
@@ -73,7 +110,7 @@ def test_progress_rises_and_an_exception_in_it_cancels(path: Path) -> None:
             raise TimeoutError("enough")
 
     with pytest.raises(TimeoutError, match="enough"):
-        open_model(Reader(path.read_bytes()), progress=cancel)
+        open_model(Reader(path.read_bytes()), progress=cancel, extra_bufts=extra_bufts)
 
 
 def test_a_load_that_fails_gives_llama_cpps_reason_and_prints_nothing(
