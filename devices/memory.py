@@ -26,20 +26,21 @@ class Names:
     Attributes:
         limit: File with the limit.
         use: File with what is used.
-        cache: Counters of file pages: inactive, active, mapped; of the group and those below.
+        cache: Counters of file pages: inactive, active, mapped, and of those in memory only, which
+            count as mapped but are neither of the others; of the group and those below.
     """
 
     limit: str
     use: str
-    cache: tuple[str, str, str]
+    cache: tuple[str, str, str, str]
 
 
 V1 = Names(
     "memory.limit_in_bytes",
     "memory.usage_in_bytes",
-    ("total_inactive_file", "total_active_file", "total_mapped_file"),
+    ("total_inactive_file", "total_active_file", "total_mapped_file", "total_shmem"),
 )
-V2 = Names("memory.max", "memory.current", ("inactive_file", "active_file", "file_mapped"))
+V2 = Names("memory.max", "memory.current", ("inactive_file", "active_file", "file_mapped", "shmem"))
 
 
 @dataclass(frozen=True)
@@ -143,5 +144,5 @@ def _idle_cache(path: Path, names: Names) -> int:
         counters = {row[0]: int(row[1]) for row in rows if len(row) == 2}
     except (OSError, ValueError):
         return 0
-    inactive, active, mapped = (counters.get(key, 0) for key in names.cache)
-    return inactive + max(0, active - mapped)
+    inactive, active, mapped, in_memory = (counters.get(key, 0) for key in names.cache)
+    return inactive + max(0, active - max(0, mapped - in_memory))

@@ -204,10 +204,9 @@ class Assembly:
             try:
                 for n_done, task in enumerate(written, 1):
                     n_written += task.result()
+                    report(n_written)
                     if n_done % RELEASE_EVERY == 0:
                         self._artifact.release()
-                        report(n_written)
-                report(n_written)
             finally:
                 pool.shutdown(cancel_futures=True)
 

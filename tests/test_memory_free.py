@@ -23,18 +23,21 @@ def write(folder: Path, **files: object) -> None:
 
 
 def v2(
-    folder: Path, limit: object, use: int, inactive: int = 0, active: int = 0, mapped: int = 0
-) -> None:
+    folder: Path, limit: object, use: int, inactive: int = 0, active: int = 0, mapped: int = 0,
+    shmem: int = 0,
+) -> None:  # fmt: skip
     stat = f"anon 1\nfile 2\nfile_mapped {mapped}\nactive_file {active}\ninactive_file {inactive}"
+    stat += f"\nshmem {shmem}"
     write(folder, memory_max=limit, memory_current=use, memory_stat=stat)
 
 
 def v1(
-    folder: Path, limit: object, use: int, inactive: int = 0, active: int = 0, mapped: int = 0
-) -> None:
+    folder: Path, limit: object, use: int, inactive: int = 0, active: int = 0, mapped: int = 0,
+    shmem: int = 0,
+) -> None:  # fmt: skip
     # the counters without total_ are of the group alone, those with it of the groups below it too
     stat = f"cache 1\ninactive_file 0\ntotal_inactive_file {inactive}\nmapped_file 0"
-    stat += f"\ntotal_active_file {active}\ntotal_mapped_file {mapped}"
+    stat += f"\ntotal_active_file {active}\ntotal_mapped_file {mapped}\ntotal_shmem {shmem}"
     write(folder, memory_limit_in_bytes=limit, memory_usage_in_bytes=use, memory_stat=stat)
 
 
@@ -52,6 +55,9 @@ def test_room_is_limit_less_use_and_cache_that_nobody_maps_is_free(tmp_path: Pat
     lines = lines if make is v1 else "0::/app.slice/run\n"
     for inactive, active, mapped, free in ((2, 0, 0, 5), (2, 3, 1, 7), (2, 3, 3, 5), (0, 1, 2, 3)):
         make(group, 10 * MIB, 7 * MIB, inactive * MIB, active * MIB, mapped * MIB)
+        assert found(tmp_path, lines) == (free * MIB, f"control group {group}")
+        # a model in memory is mapped too, and hides no cache that can be had back
+        make(group, 10 * MIB, 7 * MIB, *(n * MIB for n in (inactive, active, mapped + 3, 3)))
         assert found(tmp_path, lines) == (free * MIB, f"control group {group}")
 
 

@@ -138,7 +138,7 @@ def test_when_loading_fails_the_old_depth_and_the_conversation_come_back(
     opened = iter([True, False])
 
     class Broken(Assembly):
-        def readinto(self, offset: int, buffer: memoryview) -> int:
+        def write_to(self, descriptor: int, report: Callable[[int], None]) -> None:
             raise RefusedError("level Q2_K of a tensor is corrupt")
 
     def first_broken(*args: Any) -> Assembly:
