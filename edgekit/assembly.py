@@ -6,7 +6,7 @@ chunks being decoded.
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -138,7 +138,7 @@ class Assembly:
         self._offsets = [piece.offset for piece in self._pieces]
         self.size = self._pieces[-1].offset + self._pieces[-1].n_bytes
         self._ahead = Ahead(self._pieces, n_threads)
-        self._n_done = 0  # pieces, over all streams
+        self._n_done = 0  # pieces that were read in order
         self._at, self._rest = 0, _NOTHING  # what was decoded and not yet read, and its offset
 
     def __enter__(self) -> "Assembly":
@@ -171,7 +171,7 @@ class Assembly:
         while done < n_bytes:
             if not self._rest or self._at != offset + done:
                 self._rest = _NOTHING  # its memory is given away now, also where this fails
-                self._rest = self._bytes_from(self._ahead, offset + done)
+                self._rest = self._bytes_from(offset + done)
             here = min(len(self._rest), n_bytes - done)
             buffer[done : done + here] = self._rest[:here]
             self._rest = self._rest[here:]
@@ -210,24 +210,10 @@ class Assembly:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def stream(self, offset: int = 0) -> Generator[memoryview, None, None]:
-        """The bytes from ``offset`` to the end, decoded a few chunks ahead on the threads.
-
-        Each block is there until the next one is asked for.
-        """
-        ahead = Ahead(self._pieces, self._n_threads)
-        try:
-            while offset < self.size:
-                block = self._bytes_from(ahead, offset)
-                offset += len(block)
-                yield block
-        finally:
-            ahead.close()
-
-    def _bytes_from(self, ahead: Ahead, offset: int) -> memoryview:
+    def _bytes_from(self, offset: int) -> memoryview:
         """The rest of the piece that has the byte at ``offset``."""
         index = bisect_right(self._offsets, offset) - 1
-        block = ahead.piece(index)[offset - self._offsets[index] :]
+        block = self._ahead.piece(index)[offset - self._offsets[index] :]
         self._n_done += 1
         if self._n_done % RELEASE_EVERY == 0:
             self._artifact.release()

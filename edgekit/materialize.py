@@ -3,10 +3,8 @@
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from edgekit.artifact import Artifact
 from edgekit.assembly import Assembly
@@ -57,28 +55,31 @@ def _write(assembly: Assembly, output: Path) -> None:
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
         with disk_full_reported(f"writing {output}", "make room and repeat"):
-            with os.fdopen(os.open(partial, flags, 0o644), "wb") as file:
-                _write_synced(assembly, file)
+            descriptor = os.open(partial, flags, 0o644)
+            try:
+                _write_synced(assembly, descriptor)
+            finally:
+                os.close(descriptor)
             partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _write_synced(assembly: Assembly, file: BinaryIO) -> None:
+def _write_synced(assembly: Assembly, descriptor: int) -> None:
     """Write the whole file; the disk takes what is written while the next chunks are decoded."""
-    unsynced, syncs = 0, list[Future[None]]()
-    with ThreadPoolExecutor(1) as background, closing(assembly.stream()) as blocks:
-        for block in blocks:
-            file.write(block)
-            unsynced += len(block)
-            if unsynced >= SYNC_BYTES:
-                file.flush()
-                syncs.append(background.submit(os.fsync, file.fileno()))
-                unsynced = 0
+    n_asked, syncs = 0, list[Future[None]]()
+    with ThreadPoolExecutor(1) as background:
+
+        def sync_some(n_written: int) -> None:
+            nonlocal n_asked
+            if n_written - n_asked >= SYNC_BYTES:
+                syncs.append(background.submit(os.fsync, descriptor))
+                n_asked = n_written
+
+        assembly.write_to(descriptor, sync_some)
     for sync in syncs:  # the kernel tells of a failed write once, to the sync that met it
         sync.result()
-    file.flush()
-    os.fsync(file.fileno())
+    os.fsync(descriptor)
 
 
 def preview(artifact: Artifact, depths: Depths, output: Path) -> Materialized:

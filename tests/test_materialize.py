@@ -42,6 +42,11 @@ def artifact(request: pytest.FixtureRequest) -> Path:
     return Path(request.getfixturevalue(f"{request.param}_artifact"))
 
 
+def whole(opened: Artifact, depths: Depths) -> bytes:
+    assembly = Assembly(opened, depths)
+    return assembly.read(0, assembly.size)
+
+
 def test_reads_at_any_offset_are_the_files_bytes(artifact: Path, tmp_path: Path) -> None:
     with open_artifact(artifact) as opened:
         depths = mixed(opened)
@@ -59,7 +64,7 @@ def test_memory_is_filled_with_the_files_bytes_in_whatever_order(artifact: Path)
     """As llama.cpp reads: pieces of a few sizes, tensors in an order of its own."""
     with open_artifact(artifact) as opened:
         depths = mixed(opened)
-        data = b"".join(map(bytes, Assembly(opened, depths).stream()))
+        data = whole(opened, depths)
         assembly, got = Assembly(opened, depths, n_threads=2), bytearray(len(data))
         starts = list(range(0, len(data), 70_001))
         random.Random(2).shuffle(starts)
@@ -130,7 +135,7 @@ def test_after_a_read_that_failed_another_one_goes_on_where_the_last_was(artifac
 def test_ten_thousand_small_reads_in_a_row_are_the_files_bytes(llama_artifact: Path) -> None:
     with open_artifact(llama_artifact) as opened:
         depths = mixed(opened)
-        data = b"".join(map(bytes, Assembly(opened, depths).stream()))
+        data = whole(opened, depths)
         assembly = Assembly(opened, depths)
         assert b"".join(assembly.read(i, 19) for i in range(0, 190_000, 19)) == data[:190_000]
 
