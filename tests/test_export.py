@@ -21,6 +21,7 @@ from edgekit.progress import Silent
 from edgekit.pruning.prune import Options as Pruning
 from edgekit.pruning.prune import prune
 from edgekit.publish import write_manifest
+from edgekit.samples import CALIBRATION_TEXT
 from edgekit.tokenizer_archive import MAX_BYTES, NAME
 
 TIERS = ("Q4_K", "source")
@@ -159,8 +160,10 @@ def test_a_dry_run_tells_the_bytes_of_both_formats(made, tmp_path):
 
 def test_a_pruned_checkpoint_becomes_an_onnx_artifact(made, tmp_path):
     """File for file what the pruned checkpoint gives when it is converted by itself."""
-    prune(made / "checkpoint", tmp_path / "pruned", Pruning(0.2), Silent())
-    options = unmeasured(TIERS, statistics=False, formats=("onnx",))
+    text = tmp_path / "text"
+    text.write_bytes(CALIBRATION_TEXT.read_bytes()[: 1 << 12])
+    prune(made / "checkpoint", tmp_path / "pruned", Pruning(0.2, calibration=text), Silent())
+    options = unmeasured(TIERS, statistics=False, formats=("onnx",), calibration=text)
     convert(tmp_path / "pruned", tmp_path / "alone", options, Silent())
     convert(made / "checkpoint", tmp_path / "a", replace(options, prune=0.2), Silent())
     assert files(tmp_path / "a/onnx") == files(tmp_path / "alone/onnx")
@@ -168,7 +171,7 @@ def test_a_pruned_checkpoint_becomes_an_onnx_artifact(made, tmp_path):
     assert 0.5 < n / whole < 0.85
     with edgekit.load(tmp_path / "a", 1 << 33, 64, n_threads=1, runtime="onnx") as session:
         assert len(list(session.generate("a b", 3, Sampling(temperature=0.0)))) > 0
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "alone", "pruned"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "alone", "pruned", "text"}
 
 
 def test_another_device_than_the_cpu_is_refused(made):

@@ -93,7 +93,7 @@ def stock_logits(model: Path, adapter: Path | None, tokens: list[int]) -> np.nda
         return stock.logits(tokens)
 
 
-@pytest.mark.parametrize("sample", ["tiny-llama", "tiny-moe"])
+@pytest.mark.parametrize("sample", ["tiny-llama", pytest.param("tiny-moe", marks=pytest.mark.slow)])
 def test_the_adapter_loads_in_llama_cpp_and_lowers_the_divergence_of_q2_k(sample, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(calibration_text()[:24_000])

@@ -12,7 +12,7 @@ from converted import tiny
 import edgekit.pruning.prune as module
 from edgekit.pruning.prune import Options, prune
 
-N_KILLS = 5
+N_KILLS = 3
 ASKED: dict[str, Any] = {"ratio": 0.22, "tokens": 2048, "n_removed": 0}
 COMMAND = ["prune", "../tiny", "-o", "out", "--ratio", "0.22", "--tokens", "2048", "--layers", "0"]
 TIMES = ("seconds", "layer_seconds")
