@@ -6,6 +6,7 @@ small model with few and with many layers what a token and a layer cost whatever
 """
 
 import contextlib
+import math
 import os
 import platform
 import statistics
@@ -32,12 +33,13 @@ from edgekit.progress import Progress
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "Q5_0", "BF16", "F16", "F32")
 COMMON = "Q4_K"  # whose models tell what a layer costs
 WIDTH, FEED_FORWARD, VOCAB, CONTEXT = 2048, 8192, 256, 2048
-LEAST_BYTES = 96 << 20  # of weights: more than caches of processors hold
+LEAST_BYTES = 96 << 20  # of weights that prompts are timed on: more than caches hold
+MANY_BYTES = 256 << 20  # that tokens are timed on: what caches keep of them does not count
 SMALL_BYTES = 4 << 20  # that stay in the caches of any processor that does not tell their size
 MOST_BYTES, FILE_BYTES = 256 << 20, 128 << 20  # of memory and of a file that are read
 N_DECODES, N_SMALL, N_PROMPT = 24, 120, 256
 REPEATS = 3
-N_ROUNDS = 2  # over all models: a machine's other work comes in bursts
+N_ROUNDS = 3  # over all models: a machine's other work comes in bursts
 
 
 def small_shape(kind: str, layers: int = 4, feed_forward: int = 768) -> ProbeShape:
@@ -45,11 +47,16 @@ def small_shape(kind: str, layers: int = 4, feed_forward: int = 768) -> ProbeSha
     return ProbeShape(kind, layers, 256, feed_forward, VOCAB, CONTEXT)
 
 
-def large_shape(kind: str) -> ProbeShape:
-    """A model of real width that does not fit into caches."""
+def large_shape(kind: str, n_bytes: int = LEAST_BYTES) -> ProbeShape:
+    """A model of real width and at least so many bytes."""
     one = ProbeShape(kind, 1, WIDTH, FEED_FORWARD, VOCAB, CONTEXT)
-    layers = max(2, -(-LEAST_BYTES // one.weights_bytes))
+    layers = max(2, -(-n_bytes // one.weights_bytes))
     return ProbeShape(kind, layers, WIDTH, FEED_FORWARD, VOCAB, CONTEXT)
+
+
+def deep_shape(kind: str) -> ProbeShape:
+    """One that only tokens are timed on."""
+    return large_shape(kind, MANY_BYTES)
 
 
 DEEP, SHALLOW = small_shape(COMMON, 24), small_shape(COMMON)
@@ -59,7 +66,8 @@ DEEP, SHALLOW = small_shape(COMMON, 24), small_shape(COMMON)
 class Timing:
     """Seconds of one model: of a token at the start, behind many others, of a prompt.
 
-    Medians of the least disturbed stretch: whatever else the machine does only adds.
+    Medians of the least disturbed stretch: whatever else the machine does only adds. What was not
+    timed is infinite.
     """
 
     token: float
@@ -80,31 +88,44 @@ class Measured:
 def shapes() -> tuple[ProbeShape, ...]:
     """Every model that is timed, once."""
     small = [small_shape(kind, 4, ffn) for kind in TYPES for ffn in (256, 1024)]
-    return (DEEP, SHALLOW, *small, *(large_shape(kind) for kind in TYPES))
+    large = dict.fromkeys(shape(kind) for kind in TYPES for shape in (large_shape, deep_shape))
+    return (DEEP, SHALLOW, *small, *large)
 
 
-def probe(folder: Path, name: str, progress: Progress, n_threads: int | None = None) -> Device:
-    """Measure this machine; takes about half a minute, and 128 MiB of disk for a while.
+def probe(
+    folder: Path,
+    name: str,
+    progress: Progress,
+    n_threads: int | None = None,
+    then: Callable[[], None] | None = None,
+) -> Device:
+    """Measure this machine; takes about a minute, and 128 MiB of disk for a while.
 
     Args:
         folder: Where the storage is that artifacts will lie on.
         name: Of the device, and of its file.
         progress: Told every step.
         n_threads: That decode; ``None`` takes the physical cores.
+        then: Called after each round over all models, for measurements that are to have the same
+            moments of the machine.
 
     Raises:
         DiskFullError: There is no room for the file.
     """
     threads = n_threads or default_threads()
-    progress.start("probe", N_ROUNDS * len(shapes()) + 2)
+    progress.start("memory and storage", 2)
     memory = _memory_bytes_per_s(threads)
     progress.advance(1)
     storage = _storage_bytes_per_s(folder)
     progress.advance(1)
     rounds = defaultdict[ProbeShape, list[Timing]](list)
-    for shape in N_ROUNDS * shapes():
-        rounds[shape].append(_time(shape, threads))
-        progress.advance(1)
+    for _ in range(N_ROUNDS):
+        progress.start("probe", len(shapes()))
+        for shape in shapes():
+            rounds[shape].append(_time(shape, threads))
+            progress.advance(1)
+        if then is not None:
+            then()
     timings = {shape: least_disturbed(of_shape) for shape, of_shape in rounds.items()}
     return described(name, Measured(threads, memory, storage, timings))
 
@@ -127,7 +148,7 @@ def described(name: str, measured: Measured) -> Device:
     small_prompt = statistics.median(prompt for _, prompt in small.values())
     prompt = _prompt_cost(timings, small_prompt)
     fixed = token, layer, prompt
-    large = {kind: _large_rates(large_shape(kind), timings, fixed) for kind in TYPES}
+    large = {kind: _large_rates(kind, timings, fixed) for kind in TYPES}
 
     def figure(value: float, what: str = "llama.cpp") -> Figure:
         return Figure(_digits(value), "measured", f"{how}: {what}")
@@ -192,16 +213,15 @@ def _attention_per_s(deep: Timing) -> float:
 
 
 def _large_rates(
-    shape: ProbeShape,
-    timings: Mapping[ProbeShape, Timing],
-    fixed: tuple[float, float, float],
+    kind: str, timings: Mapping[ProbeShape, Timing], fixed: tuple[float, float, float]
 ) -> tuple[float, float]:
-    """Bytes and operations per second of a model of real width, less what is not weights."""
-    timing, (token, layer, read) = timings[shape], fixed
-    decode = _positive(timing.token - token - shape.layers * layer, timing.token)
-    not_weights = timing.token + N_PROMPT * shape.layers * read
+    """Bytes and operations per second of models of real width, less what is not weights."""
+    large, deep, (token, layer, read) = large_shape(kind), deep_shape(kind), fixed
+    single, timing = timings[deep].token, timings[large]
+    decode = _positive(single - token - deep.layers * layer, single)
+    not_weights = timing.token + N_PROMPT * large.layers * read
     prompt = _positive(timing.prompt - not_weights, timing.prompt)
-    return shape.weights_bytes / decode, 2 * N_PROMPT * shape.prompt_weights / prompt
+    return deep.weights_bytes / decode, 2 * N_PROMPT * large.prompt_weights / prompt
 
 
 def _positive(seconds: float, whole: float) -> float:
@@ -237,9 +257,11 @@ def _time(shape: ProbeShape, threads: int) -> Timing:
     """Time one model."""
     ids = [1 + i % (shape.vocab - 1) for i in range(CONTEXT)]
     n = N_SMALL if shape.width < WIDTH else N_DECODES
+    reads = shape.width < WIDTH or shape == large_shape(shape.kind)
     with open_model(ProbeModel(shape)) as model, Context(model, CONTEXT, n_threads=threads) as c:
-        prompts = []
-        for _ in range(1 + REPEATS):  # the first one warms up
+        prompts = [math.inf]
+        c.decode(ids[:N_PROMPT] if reads else ids[:1])  # warms up
+        for _ in range(REPEATS if reads else 0):
             c.clear()
             prompts.append(_seconds(lambda: c.decode(ids[:N_PROMPT])))
         c.clear()
@@ -248,7 +270,7 @@ def _time(shape: ProbeShape, threads: int) -> Timing:
         if shape == DEEP:
             c.decode(ids[: CONTEXT - len(c.tokens) - N_DECODES])
             late = [_seconds(lambda: c.decode(ids[:1])) for _ in range(N_DECODES)]
-    return Timing(_least_median(tokens), _least_median(late), min(prompts[1:]))
+    return Timing(_least_median(tokens), _least_median(late), min(prompts))
 
 
 def _least_median(seconds: Sequence[float]) -> float:

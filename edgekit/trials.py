@@ -1,6 +1,8 @@
 """Budgets tried on this machine, beside what was predicted for them: `edgekit profile --measure`.
 
-The machine is probed first: its profile predicts what weights, layers and attention cost. How much
+The machine is probed in rounds, with a round of trials behind each, for the memory of a shared
+machine is faster in one minute than in the next, and the best of all rounds is what counts. The
+profile that comes of it predicts what weights, layers and attention cost. How much
 more a token of this model takes (routing, small matrices, a machine in another mood) is one factor:
 the median of the other budgets' measured over predicted seconds. So no budget's own timing is in
 its prediction.
@@ -15,11 +17,12 @@ from edgekit.catalog import Catalog
 from edgekit.devices.profile import Device
 from edgekit.manifest import Json
 from edgekit.plan import Plan
+from edgekit.probe import probe
 from edgekit.progress import Progress
 from edgekit.speed import prompt_seconds, token_seconds, work_of
 from edgekit.trial import N_PROMPT, N_TOKENS, Trial, try_budget
 
-N_TRIALS, N_ROUNDS = 5, 2
+N_TRIALS = 5
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class Check:
     prompt_tokens_per_s: float
 
 
-def measured(catalog: Catalog, plans: Sequence[Plan], device: Device, progress: Progress) -> Json:
-    """Try `N_TRIALS` of ``plans``; ``device`` is this machine, probed.
+def measured(catalog: Catalog, plans: Sequence[Plan], progress: Progress) -> Json:
+    """Probe this machine and try `N_TRIALS` of ``plans``.
 
     Raises:
         EdgekitError: A trial failed.
@@ -47,13 +50,16 @@ def measured(catalog: Catalog, plans: Sequence[Plan], device: Device, progress: 
     chosen = [
         plans[i] for i in dict.fromkeys(round(k * last / (N_TRIALS - 1)) for k in range(N_TRIALS))
     ]
-    progress.start("measure", N_ROUNDS * len(chosen))
-    rounds = []
-    for _ in range(N_ROUNDS):
-        rounds.append(list[Trial]())
+    rounds = list[list[Trial]]()
+
+    def try_all() -> None:
+        progress.start("measure", len(chosen))
+        rounds.append([])
         for plan in chosen:
             rounds[-1].append(_tried(catalog.folder, plan, chosen))
             progress.advance(1)
+
+    device = probe(Path(), "this-machine", progress, then=try_all)
     trials = [least_disturbed(of_budget) for of_budget in zip(*rounds, strict=True)]
     return {
         "device": asdict(device),

@@ -15,6 +15,7 @@ from edgekit.probe import (
     TYPES,
     Measured,
     Timing,
+    deep_shape,
     described,
     large_shape,
     least_disturbed,
@@ -113,6 +114,7 @@ def test_of_two_rounds_the_less_disturbed_counts():
 
 def test_large_models_do_not_fit_caches_and_small_ones_differ_in_weights_alone():
     assert all(large_shape(kind).weights_bytes >= 96 << 20 for kind in TYPES)
+    assert all(256 << 20 <= deep_shape(kind).weights_bytes < 512 << 20 for kind in TYPES)
     assert DEEP.layers > SHALLOW.layers and DEEP.width == SHALLOW.width
     assert small_shape("F32", 4, 1024).weights_bytes < 20 << 20
 

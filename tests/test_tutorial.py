@@ -42,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
 
 def run_all(page: str) -> None:
     for words in commands(page):
-        if words[:2] == ["devices", "probe"]:  # half a minute; tests/test_probe.py has it
+        if words[:2] == ["devices", "probe"]:  # a minute; tests/test_probe.py has it
             continue
         if words[0] == "run":  # its budget counts what the process holds already
             done = subprocess.run([sys.executable, "-m", "edgekit", *words], capture_output=True)

@@ -96,11 +96,9 @@ def _devices(names: Sequence[str]) -> "list[Device]":
 
 
 def _measurer(progress: "Progress") -> "Measurer":
-    from edgekit.probe import probe
     from edgekit.trials import measured
 
-    device = probe(Path(), "this-machine", progress)
-    return partial(measured, device=device, progress=progress)
+    return partial(measured, progress=progress)
 
 
 def _write(output: Path, body: "Json") -> None:
