@@ -143,11 +143,12 @@ def described(name: str, measured: Measured) -> Device:
         f"edgekit devices probe, {time.strftime('%Y-%m-%d')}",
     )
     small = {kind: _small_rates(kind, timings) for kind in TYPES}
-    token, layer = _fixed_costs(timings, small[COMMON][0])
+    attention = _attention_per_s(timings[DEEP])
+    token, layer = _fixed_costs(timings, small[COMMON][0], attention)
     # Of small models types differ by less than timings do
     small_prompt = statistics.median(prompt for _, prompt in small.values())
     prompt = _prompt_cost(timings, small_prompt)
-    fixed = token, layer, prompt
+    fixed = token, layer, prompt, attention
     large = {kind: _large_rates(kind, timings, fixed) for kind in TYPES}
 
     def figure(value: float, what: str = "llama.cpp") -> Figure:
@@ -169,7 +170,7 @@ def described(name: str, measured: Measured) -> Device:
         storage_bytes_per_s=figure(measured.storage[0], "a file that is not in the page cache"),
         cached_bytes_per_s=figure(measured.storage[1], "a file that is"),
         decode_bytes_per_s=by_type(large, 0),
-        attention_per_s=figure(_attention_per_s(timings[DEEP])),
+        attention_per_s=figure(attention),
         prompt_operations_per_s=by_type(large, 1),
         token_seconds=figure(token),
         layer_seconds=figure(layer),
@@ -190,9 +191,12 @@ def _small_rates(kind: str, timings: Mapping[ProbeShape, Timing]) -> tuple[float
     return n_bytes / token, 2 * N_PROMPT * (wide.prompt_weights - narrow.prompt_weights) / prompt
 
 
-def _fixed_costs(timings: Mapping[ProbeShape, Timing], rate: float) -> tuple[float, float]:
+def _fixed_costs(
+    timings: Mapping[ProbeShape, Timing], rate: float, attention: float
+) -> tuple[float, float]:
     """Seconds of a token and of a layer whatever their size, from two models of other depths."""
-    deep, shallow = timings[DEEP].token, timings[SHALLOW].token
+    deep = timings[DEEP].token - _attended_seconds(DEEP, attention)
+    shallow = timings[SHALLOW].token - _attended_seconds(SHALLOW, attention)
     of_weights = (DEEP.weights_bytes - SHALLOW.weights_bytes) / rate
     layer = _positive(deep - shallow - of_weights, deep) / (DEEP.layers - SHALLOW.layers)
     token = shallow - SHALLOW.layers * layer - SHALLOW.weights_bytes / rate
@@ -207,17 +211,22 @@ def _prompt_cost(timings: Mapping[ProbeShape, Timing], rate: float) -> float:
     return _positive(rest - weights, deep.prompt / N_PROMPT) / (DEEP.layers - SHALLOW.layers)
 
 
+def _attended_seconds(shape: ProbeShape, attention: float) -> float:
+    """Seconds of a first token's attention, which reads one group of cells."""
+    return shape.attention * CELLS / attention
+
+
 def _attention_per_s(deep: Timing) -> float:
     cells = CONTEXT - CELLS
     return DEEP.attention * cells / _positive(deep.late_token - deep.token, deep.late_token)
 
 
 def _large_rates(
-    kind: str, timings: Mapping[ProbeShape, Timing], fixed: tuple[float, float, float]
+    kind: str, timings: Mapping[ProbeShape, Timing], fixed: tuple[float, float, float, float]
 ) -> tuple[float, float]:
     """Bytes and operations per second of models of real width, less what is not weights."""
-    large, deep, (token, layer, read) = large_shape(kind), deep_shape(kind), fixed
-    single, timing = timings[deep].token, timings[large]
+    large, deep, (token, layer, read, attention) = large_shape(kind), deep_shape(kind), fixed
+    single, timing = timings[deep].token - _attended_seconds(deep, attention), timings[large]
     decode = _positive(single - token - deep.layers * layer, single)
     not_weights = timing.token + N_PROMPT * large.layers * read
     prompt = _positive(timing.prompt - not_weights, timing.prompt)

@@ -50,11 +50,11 @@ class Work:
     def attended(self, n_before: int) -> int:
         """Elements that attention reads for a token behind ``n_before`` others.
 
-        llama.cpp computes whole groups of cells; the first group is part of a layer's fixed cost.
+        llama.cpp computes whole groups of cells, one at least.
         """
         full, windowed = self.attention
-        cells = -(-n_before // CELLS) * CELLS - CELLS
-        return max(0, full * cells + windowed * min(cells, self.window))
+        cells = max(CELLS, -(-n_before // CELLS) * CELLS)
+        return full * cells + windowed * min(cells, self.window)
 
 
 def work_of(catalog: Catalog, plan: Plan) -> Work:
@@ -113,7 +113,8 @@ def prompt_seconds(device: Device, work: Work, n_tokens: int) -> float:
     starts = range(0, n_tokens, work.batch)
     ends = [min(start + work.batch, n_tokens) for start in starts]
     pairs = zip(starts, ends, strict=True)
-    attended = sum((end - start) * work.attended(end) for start, end in pairs)
+    first = work.attended(0)  # is in the rates, which a first group of cells was timed for
+    attended = sum((end - start) * (work.attended(end) - first) for start, end in pairs)
     attention = attended / device.attention_per_s.value
     return n_tokens * per_token + attention + len(ends) * token_seconds(device, work)
 

@@ -79,6 +79,7 @@ def made_up(token: float, layer: float, read: float) -> tuple[Measured, float]:
 
     def timing(shape: ProbeShape) -> Timing:
         single = token + shape.layers * layer + shape.weights_bytes / rate
+        single += shape.attention * 256 / attention
         prompt = single + N_PROMPT * (2 * shape.prompt_weights / operations + shape.layers * read)
         cells = shape.attention * (CONTEXT - 256) / attention
         return Timing(single, single + cells, prompt)

@@ -99,16 +99,16 @@ def test_fixed_costs_of_a_token(llama):
     assert token_seconds(device, work) == pytest.approx(3.0 + 0.5 * work.layers)
 
 
-def test_attention_reads_whole_groups_of_cells_beyond_the_first(llama):
+def test_attention_reads_whole_groups_of_cells_and_one_at_least(llama):
     catalog, work = llama
     model = catalog.manifest.model
     heads = model["llama.attention.head_count"]
     sizes = model["llama.attention.key_length"] + model["llama.attention.value_length"]
     per_cell = work.layers * heads * sizes
-    assert work.attended(0) == work.attended(256) == 0
-    assert work.attended(257) == work.attended(512) == 256 * per_cell
+    assert work.attended(0) == work.attended(256) == 256 * per_cell
+    assert work.attended(257) == work.attended(512) == 512 * per_cell
     device = only(attention_per_s=1e6)
-    assert token_seconds(device, work, 1000) == pytest.approx(768 * per_cell / 1e6)
+    assert token_seconds(device, work, 1000) == pytest.approx(1024 * per_cell / 1e6)
 
 
 def test_layers_with_a_window_are_counted_apart(llama):
@@ -121,8 +121,8 @@ def test_layers_with_a_window_are_counted_apart(llama):
 def test_a_window_ends_what_a_layer_attends_to(llama):
     _, work = llama
     windowed = replace(work, attention=(0, 10), window=512)
-    assert windowed.attended(512) == 2560
-    assert windowed.attended(768) == windowed.attended(4096) == 5120
+    assert windowed.attended(256) == 2560
+    assert windowed.attended(512) == windowed.attended(768) == windowed.attended(4096) == 5120
 
 
 def test_a_prompt_is_two_operations_per_weight_and_token(llama):
