@@ -1,8 +1,8 @@
 """One depth of an artifact in llama.cpp, and the way from one depth to another.
 
-Weights are decoded from the artifact while llama.cpp asks for them (``anon``): no file is written,
-nothing is held twice. Or they are written once into the cache and mapped (``mapped``): clean pages,
-which the kernel may drop and which the next load finds again.
+Weights are decoded from the artifact into memory that llama.cpp maps (``anon``): nothing is written
+to disk, nothing is held twice. Or they are written once into the cache and mapped (``mapped``):
+clean pages, which the kernel may drop and which the next load finds again.
 
 A change of depth saves the conversation to an unnamed temporary file, frees the old depth, loads
 the new one and reads the conversation back: never are two depths in memory, and the KV cache is

@@ -12,7 +12,6 @@ from virtual_files import Reader
 from edgekit.errors import EdgekitError, RefusedError, UnsupportedError
 from edgekit.exporters.gguf import read_header, tensor_offsets
 from edgekit.llama import Context, capture_log, has_fopencookie, open_model
-from edgekit.llama.unnamed import has_unnamed_files
 
 
 def shared_bytes() -> int:
@@ -58,7 +57,7 @@ def test_a_virtual_file_reads_every_tensor_once_and_nothing_across_tensors(
     assert set(n_reads.values()) == {1}
 
 
-@pytest.mark.skipif(not has_unnamed_files(), reason="the system has no files without names")
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no files without names")
 def test_a_virtual_file_is_read_once_and_lies_in_memory_once(tmp_path: Path) -> None:
     path = write_tiny_llama(tmp_path / "wide.gguf", hidden=256, ffn=512, layers=8)
     reader, descriptors = Reader(path.read_bytes()), sorted(os.listdir("/proc/self/fd"))
@@ -73,6 +72,22 @@ def test_a_virtual_file_is_read_once_and_lies_in_memory_once(tmp_path: Path) -> 
     assert shared_bytes() == before
     ends = [offset + n for offset, n in reader.calls if offset >= header.data_offset]
     assert len(ends) == len(set(ends)) and ends[-1] == reader.size
+
+
+def refused(*_: object) -> int:
+    raise OSError("not permitted")
+
+
+@pytest.mark.parametrize("call", ["memfd_create", "ftruncate"])
+def test_where_there_are_no_files_in_memory_a_stream_is_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    descriptors = sorted(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, call, refused, raising=False)
+    with open_model(Reader(path.read_bytes())) as model, Context(model, 64, n_threads=1) as context:
+        assert context.decode([1, 2, 3]).any()
+        assert "/memfd:edgekit" not in Path("/proc/self/maps").read_text()
+    assert sorted(os.listdir("/proc/self/fd")) == descriptors
 
 
 @pytest.mark.parametrize("error", [KeyError("level 7"), KeyboardInterrupt(), MemoryError()])

@@ -18,7 +18,7 @@ from edgekit.exporters.normalizers import TextNormalizer
 from edgekit.llama.binding import LOG, binding
 from edgekit.llama.expert_memory import ExpertMemory
 from edgekit.llama.stream import CookieFile, VirtualFile, has_fopencookie, read_from
-from edgekit.llama.unnamed import UnnamedFile, has_unnamed_files
+from edgekit.llama.unnamed import UnnamedFile, unnamed_file
 from edgekit.llama.vocab import vocab_of
 
 Residency = Literal["mapped", "anon"]
@@ -184,8 +184,9 @@ def open_model(
     Args:
         source: A GGUF file, or an object that gives its bytes (`VirtualFile`).
         residency: ``mapped`` maps the file: clean pages that the kernel may drop. ``anon`` copies
-            the weights into anonymous memory. ``None`` maps a path; a virtual file is always copied
-            where the C library has fopencookie, elsewhere spilled to a temporary file and mapped.
+            the weights into anonymous memory. ``None`` maps a path. The weights of a virtual file
+            are always in anonymous memory, written there once and mapped, or copied through a
+            stream; where a system has neither, in a temporary file that is mapped.
         extra_bufts: Let llama.cpp repack weights for speed; repacked tensors are copied.
         vocab_only: Load no weights.
         no_alloc: Neither read nor allocate weights, only count them.
@@ -216,8 +217,9 @@ def open_model(
     if isinstance(source, Path):
         mapped = residency != "anon" and not no_alloc
         return _load_path(source, header, params, mapped, progress)
-    if has_unnamed_files() and not (extra_bufts or vocab_only or no_alloc):
-        return _load_unnamed(source, header, params, progress)
+    is_mapped = not (extra_bufts or vocab_only or no_alloc)
+    if is_mapped and (file := unnamed_file(source.size)) is not None:
+        return _load_unnamed(source, file, header, params, progress)
     if not has_fopencookie():
         return _load_spilled(source, header, params, progress)
     return _load_cookie(source, header, params, progress)
@@ -315,10 +317,10 @@ def _cookie_handle(
 
 
 def _load_unnamed(
-    source: VirtualFile, header: Gguf, params: Any, progress: Progress | None
+    source: VirtualFile, file: UnnamedFile, header: Gguf, params: Any, progress: Progress | None
 ) -> Model:
     """Write the bytes to memory, where they stay, and map them."""
-    with UnnamedFile(source.size) as file:
+    with file:
         _write_all(source, file.descriptor, progress)
         model = _load_path(file.path, header, params, True, None)
         file.drop(header.data_offset)  # llama.cpp has read it and holds it no more

@@ -11,11 +11,6 @@ from pathlib import Path
 _FOLDER = Path("/proc/self/fd")
 
 
-def has_unnamed_files() -> bool:
-    """Whether this platform has them (Linux and Android, unless /proc is missing)."""
-    return hasattr(os, "memfd_create") and _FOLDER.is_dir()
-
-
 class UnnamedFile:
     """A file of ``n_bytes`` zeros that takes memory where it is written; a context manager.
 
@@ -24,12 +19,10 @@ class UnnamedFile:
         path: By which this process can open it while it is open here.
     """
 
-    def __init__(self, n_bytes: int) -> None:
-        """Make it."""
-        self._n_bytes = n_bytes
-        self.descriptor = os.memfd_create("edgekit")
-        self.path = _FOLDER / str(self.descriptor)
-        os.ftruncate(self.descriptor, n_bytes)
+    def __init__(self, descriptor: int, n_bytes: int) -> None:
+        """Own an open file; `unnamed_file` makes one."""
+        self.descriptor, self._n_bytes = descriptor, n_bytes
+        self.path = _FOLDER / str(descriptor)
 
     def __enter__(self) -> "UnnamedFile":
         """Use as a context manager."""
@@ -45,3 +38,19 @@ class UnnamedFile:
         if n_whole:
             with mmap.mmap(self.descriptor, self._n_bytes) as mapped:
                 mapped.madvise(mmap.MADV_REMOVE, 0, n_whole)
+
+
+def unnamed_file(n_bytes: int) -> UnnamedFile | None:
+    """Make one, or none where the system has none or forbids it (Linux and Android have them)."""
+    if not hasattr(os, "memfd_create") or not _FOLDER.is_dir():
+        return None
+    try:
+        descriptor = os.memfd_create("edgekit")
+    except OSError:
+        return None
+    try:
+        os.ftruncate(descriptor, n_bytes)
+    except OSError:  # larger than the process may write files
+        os.close(descriptor)
+        return None
+    return UnnamedFile(descriptor, n_bytes)
