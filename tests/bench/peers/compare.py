@@ -5,7 +5,8 @@
 Each peer gets a virtual environment of its own in ``--work``, made where it is missing, with pinned
 versions. Its tool makes its files of the sample; each is run by its own runtime on the same tokens
 of held-out text and compared with the checkpoint run in float32 by transformers. For each of them
-edgekit's plan of as many bytes of weights is run too. A peer that does not install or run is listed
+edgekit's plan of as many bytes of weights is run too, in turns with it; times and speeds are
+medians of those runs, peaks the highest. A peer that does not install or run is listed
 with its own last words. Writes docs/compare.json and docs/compare.md; prints a JSON line last.
 """
 
@@ -13,8 +14,10 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from table import page
 from venvs import LLAMA_CPP, VENVS
 
 LENGTH = 512  # tokens of a sequence; the second half is scored
+PAIRS = 3  # runs of a peer's file and of edgekit's, in turns
 Row = dict[str, Any]
 
 
@@ -63,20 +67,32 @@ def run(built: Built, out: Path) -> Row:
     return told
 
 
-def measured(built: Built, out: Path, reference: Any) -> Row:
-    """A row: what it took to make, and what it does."""
-    told = run(built, out)
-    kl, error = kl_divergence(reference, np.load(out / "logits.npy"))
-    n_bytes = sum(path.stat().st_size for path in built.files)
+def measured(pair: Sequence[Built], out: Path, reference: Any) -> list[Row]:
+    """A row for each: what it took to make, and what it does."""
+    told: list[list[Row]] = [[] for _ in pair]
+    divergences = [(0.0, 0.0) for _ in pair]
+    for _ in range(PAIRS):
+        for i, built in enumerate(pair):
+            told[i].append(run(built, out))
+            divergences[i] = kl_divergence(reference, np.load(out / "logits.npy"))
+    return [row(*of_one) for of_one in zip(pair, told, divergences, strict=True)]
+
+
+def row(built: Built, told: Sequence[Row], divergence: tuple[float, float]) -> Row:
+    """A row from all runs of a file."""
+    of_runs = {key: [one[key] for one in told] for key in told[0]}
     return {
         "tool": built.tool,
         "name": built.name,
-        "weights_bytes": n_bytes,
+        "weights_bytes": weights_bytes(built),
         "convert_seconds": round(built.seconds, 2),
         "convert_peak_bytes": built.peak_bytes,
-        "kl_mean": kl,
-        "kl_error": error,
-        **{key: round(value, 4) for key, value in told.items()},
+        "kl_mean": divergence[0],
+        "kl_error": divergence[1],
+        **{
+            key: round(max(values) if "peak" in key else statistics.median(values), 4)
+            for key, values in of_runs.items()
+        },
     }
 
 
@@ -93,11 +109,13 @@ def ours(edge: Path, n_bytes: int, out: Path, made: tuple[float, int]) -> Built 
     )
 
 
-def header_bytes(path: Path) -> int:
-    """Of a GGUF: its vocabulary is no weight."""
+def weights_bytes(built: Built) -> int:
+    """Of its files; the vocabulary in a GGUF's header is no weight."""
     from edgekit.exporters.gguf import read_header
 
-    return path.stat().st_size - sum(tensor.n_bytes for tensor in read_header(path).tensors)
+    if built.path.suffix == ".gguf":
+        return sum(tensor.n_bytes for tensor in read_header(built.path).tensors)
+    return sum(path.stat().st_size for path in built.files)
 
 
 def compare(sample: str, work: Path, chunks: int, only: list[str]) -> Row:
@@ -113,22 +131,13 @@ def compare(sample: str, work: Path, chunks: int, only: list[str]) -> Row:
     for peer in only:
         try:
             for built in PEERS[peer](checkpoint, out, work):
-                rows.append(measured(built, out, reference))
-                if built.path.suffix == ".gguf":
-                    rows[-1]["weights_bytes"] -= header_bytes(built.path)
+                mine = ours(edge, weights_bytes(built), out, (seconds, peak))
+                theirs, *own = measured([built, mine] if mine else [built], out, reference)
+                rows.append(theirs | {"edgekit": own[0] if own else None})
                 print(json.dumps(rows[-1]), flush=True)
         except (Failed, OSError, ValueError) as error:
             failures[peer] = " ".join(str(error).split())[:400]
             print(f"{peer}: {failures[peer]}", flush=True)
-    for row in list(rows):
-        built = ours(edge, row["weights_bytes"], out, (seconds, peak))
-        if built is None:
-            row["edgekit"] = None
-            continue
-        mine = measured(built, out, reference)
-        mine["weights_bytes"] -= header_bytes(built.path)
-        row["edgekit"] = mine
-        print(json.dumps(mine), flush=True)
     size = sum(p.stat().st_size for p in edge.iterdir() if p.suffix in (".gguf", ".levels"))
     return {
         "sample": sample,

@@ -126,11 +126,11 @@ def _cost(body: Row) -> Iterator[str]:
             yield _cost_row("edgekit at these bytes", row["edgekit"], is_ours=True)
     yield ""
     yield (
-        "Load is from the call to a model ready for tokens, page cache warm. Speeds are medians "
-        "of one run each, minutes apart; the same file differs by up to 1.4 times between moments "
-        "of a shared machine, so only more than that tells the runtimes apart. All GGUF files run "
-        "in the same llama.cpp, with a float32 cache and without repacking. onnxruntime-genai's "
-        "file holds the embedding in float32."
+        "Load is from the call to a model ready for tokens, page cache warm. Loads and speeds are "
+        "medians of three runs of each file in turns with edgekit's of the same bytes: compare a "
+        "row with the one below it, not rows of different peers, for a shared machine differs by "
+        "up to 1.4 times between moments. All GGUF files run in the same llama.cpp, with a float32 "
+        "cache and without repacking. onnxruntime-genai's file holds the embedding in float32."
     )
     yield ""
 
