@@ -46,7 +46,8 @@ setup(
                 )
             ],
             depends=[
-                f"kernels/{name}.h" for name in ("native", "blocks", "shuffle", "units", "wide")
+                f"kernels/{name}.h"
+                for name in ("native", "blocks", "dealing", "shuffle", "units", "wide")
             ],
             optional=True,
         )

@@ -1,6 +1,6 @@
-/* Predictions, and dealing out and collecting residuals, with AVX-512: the same results as predict,
- * deal and collect in nested.c, which run elsewhere. A compressing or expanding move does it for a
- * whole group. */
+/* Predictions, and dealing out and collecting residuals, with AVX-512: the same results as
+ * predict_plain in nested.c and dealing.h, which run elsewhere. A compressing or expanding move does
+ * it for a whole group. */
 #include "wide.h"
 
 #ifdef WIDE
