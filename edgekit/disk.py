@@ -11,6 +11,8 @@ from pathlib import Path
 from edgekit.errors import DiskFullError, UsageError
 from edgekit.sizes import format_size
 
+# Of os.open: no link is followed, and Windows changes no line ends
+PLAIN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _seeking = threading.Lock()
 
 

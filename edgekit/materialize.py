@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgekit.artifact import Artifact
 from edgekit.assembly import Assembly
-from edgekit.disk import disk_full_reported, require_free
+from edgekit.disk import PLAIN, disk_full_reported, require_free
 from edgekit.errors import UsageError
 from edgekit.planner import Depths
 
@@ -53,7 +53,7 @@ def _write(assembly: Assembly, output: Path) -> None:
     """Write it under another name first."""
     partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN
         with disk_full_reported(f"writing {output}", "make room and repeat"):
             descriptor = os.open(partial, flags, 0o644)
             try:

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from edgekit.catalog import Catalog, read_manifest
 from edgekit.checked import Checker, MismatchError
-from edgekit.disk import disk_full_reported, held_alone, require_free
+from edgekit.disk import PLAIN, disk_full_reported, held_alone, require_free
 from edgekit.errors import EdgekitError, RefusedError, UsageError
 from edgekit.expert_plan import plan_any
 from edgekit.manifest import MANIFEST_NAME, Json, Manifest
@@ -357,7 +357,7 @@ class _File:
         self.checker.rewind(offset)
 
     def _opened(self) -> BinaryIO:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        flags = os.O_RDWR | os.O_CREAT | PLAIN
         return os.fdopen(os.open(self.path, flags, 0o644), "r+b")
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, TypeVar
 
+from edgekit.disk import PLAIN
+
 T = TypeVar("T", bound="HashedFile")
 
 
@@ -19,7 +21,7 @@ class HashedFile:
 
     def __init__(self, path: Path) -> None:
         """Create ``path``."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN
         self._file: BinaryIO = os.fdopen(os.open(path, flags, 0o644), "wb")
         self._digest = sha256()
         self.path, self.n_bytes = path, 0

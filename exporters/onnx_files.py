@@ -7,6 +7,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
+from edgekit.disk import PLAIN
 from edgekit.errors import RefusedError
 from edgekit.exporters.onnx_decoder import Decoder, Weights
 from edgekit.exporters.onnx_graph import FAST
@@ -26,7 +27,7 @@ def write_graph(
 ) -> None:
     """Write a decoder's graph to ``path``, a new file; its weights lie beside it already."""
     model = build(decoder, weights, accuracy_level, is_portable=is_portable, has_keep=has_keep)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN
     with os.fdopen(os.open(path, flags, 0o644), "wb") as file:
         file.write(model.SerializeToString())
         file.flush()

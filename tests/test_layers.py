@@ -21,8 +21,8 @@ FOLDERS = ("edgekit", "devices", "exporters", "kernels")
 LAYERS = (
     {"errors"},
     {"kernels", "progress", "safetensors_header", "samples", "sizes", "spool", "stack"},
-    {"checkpoint"},
-    {"cache", "checked", "devices", "disk", "exporters", "sensitivity"},
+    {"checkpoint", "disk"},
+    {"cache", "checked", "devices", "exporters", "sensitivity"},
     {"codecs", "governor", "onnx_part", "receipts", "routing", "shortage"},
     {"arch", "decode", "imatrix", "llama", "manifest"},
     {
