@@ -23,7 +23,8 @@ def top(artifact: Artifact) -> Depths:
 def assembled(folder: Path, depths: Depths | None = None) -> bytes:
     """The GGUF that llama.cpp would be given."""
     with open_artifact(folder) as artifact:
-        return b"".join(map(bytes, Assembly(artifact, depths or top(artifact)).stream()))
+        assembly = Assembly(artifact, depths or top(artifact))
+        return assembly.read(0, assembly.size)
 
 
 def damaged(rng: random.Random, data: bytes, may_cut: bool) -> bytes:

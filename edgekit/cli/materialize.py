@@ -113,7 +113,7 @@ def _write_gguf(
 
     if sum(choice is not None for choice in (tier, budget, target_size)) != 1:
         raise UsageError("say what to write: give one of --tier, --budget or --target-size")
-    with open_artifact(artifact) as opened:
+    with open_artifact(artifact, remember=True) as opened:
         if tier is not None:
             chosen = plan_tier(opened, tier)
         elif budget is not None:

@@ -157,7 +157,7 @@ def bench(name: str, text: str, n_tokens: int, threads: int) -> dict[str, Any]:
         ]
         highest = highest_depths(nested)
         with (folder / "source.gguf").open("wb") as file, Assembly(nested, highest) as top:
-            file.writelines(top.stream())
+            top.write_to(file.fileno(), lambda n_bytes: None)
         mixes = list(at_mixes(nested, judge, folder, imatrix, row))
         uniform = {tier: uniform_kl(artifacts, judge, tier) for tier in ("B1", "B2", "B3", "B4")}
         return {"n_tokens": len(judge.reference.sequences.targets), "depths": rows,

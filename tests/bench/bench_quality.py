@@ -58,7 +58,7 @@ class Comparison:
         self.source = folder / "source.gguf"
         highest = highest_depths(artifact)
         with self.source.open("wb") as file, Assembly(artifact, highest) as source:
-            file.writelines(source.stream())
+            source.write_to(file.fileno(), lambda n_bytes: None)
         self.reference = Reference.open(self.source, text, n_threads=threads)
 
     def ours(self, depths: Depths) -> Quality:
