@@ -68,15 +68,17 @@ def held_alone(folder: Path) -> Iterator[None]:
 
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of ``data`` at ``offset`` of an open file; safe on several threads."""
-    left = memoryview(data)
-    if not hasattr(os, "pwrite"):
-        with _seeking:
-            os.lseek(descriptor, offset, os.SEEK_SET)
-            while left:
-                left = left[os.write(descriptor, left) :]
+    left, write = memoryview(data), getattr(os, "pwrite", _seek_and_write)
     while left:
-        n_written = os.pwrite(descriptor, left, offset)
+        n_written = write(descriptor, left, offset)
         left, offset = left[n_written:], offset + n_written
+
+
+def _seek_and_write(descriptor: int, data: memoryview, offset: int) -> int:
+    """What Windows has no ``pwrite`` for."""
+    with _seeking:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.write(descriptor, data)
 
 
 def folder_bytes(folder: Path) -> int:

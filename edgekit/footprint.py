@@ -23,7 +23,8 @@ MAX_LAYERS, MAX_COUNT = 1 << 12, 1 << 31  # of a model's facts; no allocation fo
 # Resident without a model, measured on x86-64 Linux: Python, numpy, the command line, llama.cpp
 PROCESS_BYTES = 57 << 20
 # While a model loads: pages of the artifact not yet handed back, and for each thread the chunk it
-# decodes and two that wait; measured on four models, 65 k to 1 M weights in a chunk
+# decodes and, where a stream is read, two that wait; measured on four models, 65 k to 1 M weights
+# in a chunk
 LOADING_BYTES = 4 << 20
 BYTES_PER_CHUNK_WEIGHT = 12
 DECODERS = 2  # threads that there is always room for

@@ -195,8 +195,8 @@ def _fixed_costs(
     timings: Mapping[ProbeShape, Timing], rate: float, attention: float
 ) -> tuple[float, float]:
     """Seconds of a token and of a layer whatever their size, from two models of other depths."""
-    deep = timings[DEEP].token - _attended_seconds(DEEP, attention)
-    shallow = timings[SHALLOW].token - _attended_seconds(SHALLOW, attention)
+    deep = _unattended(DEEP, timings, attention)
+    shallow = _unattended(SHALLOW, timings, attention)
     of_weights = (DEEP.weights_bytes - SHALLOW.weights_bytes) / rate
     layer = _positive(deep - shallow - of_weights, deep) / (DEEP.layers - SHALLOW.layers)
     token = shallow - SHALLOW.layers * layer - SHALLOW.weights_bytes / rate
@@ -211,9 +211,10 @@ def _prompt_cost(timings: Mapping[ProbeShape, Timing], rate: float) -> float:
     return _positive(rest - weights, deep.prompt / N_PROMPT) / (DEEP.layers - SHALLOW.layers)
 
 
-def _attended_seconds(shape: ProbeShape, attention: float) -> float:
-    """Seconds of a first token's attention, which reads one group of cells."""
-    return shape.attention * CELLS / attention
+def _unattended(shape: ProbeShape, timings: Mapping[ProbeShape, Timing], attention: float) -> float:
+    """Seconds of a first token less its attention, which reads one group of cells."""
+    token = timings[shape].token
+    return _positive(token - shape.attention * CELLS / attention, token)
 
 
 def _attention_per_s(deep: Timing) -> float:
@@ -226,7 +227,7 @@ def _large_rates(
 ) -> tuple[float, float]:
     """Bytes and operations per second of models of real width, less what is not weights."""
     large, deep, (token, layer, read, attention) = large_shape(kind), deep_shape(kind), fixed
-    single, timing = timings[deep].token - _attended_seconds(deep, attention), timings[large]
+    single, timing = _unattended(deep, timings, attention), timings[large]
     decode = _positive(single - token - deep.layers * layer, single)
     not_weights = timing.token + N_PROMPT * large.layers * read
     prompt = _positive(timing.prompt - not_weights, timing.prompt)

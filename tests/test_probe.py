@@ -100,9 +100,10 @@ def test_costs_that_went_in_come_out():
         assert device.prompt_operations_per_s.of(kind) == pytest.approx(4e11, rel=0.02)
 
 
-def test_noise_larger_than_what_is_measured_leaves_every_figure_above_zero(tmp_path):
+@pytest.mark.parametrize("late", [1e-3, 1e-1])  # attention costs nothing, or all of a token
+def test_noise_larger_than_what_is_measured_leaves_every_figure_above_zero(tmp_path, late):
     measured, _ = made_up(5e-5, 2e-5, 4e-6)
-    flat = {shape: Timing(1e-3, 1e-3, 2e-3) for shape in measured.timings}
+    flat = {shape: Timing(1e-3, late, 2e-3) for shape in measured.timings}
     device = described("noisy", Measured(2, 4e10, (2e9, 1e10), flat))
     path = tmp_path / "noisy.toml"
     path.write_text(as_toml(device))

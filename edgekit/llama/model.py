@@ -17,7 +17,7 @@ from edgekit.exporters.gguf import Gguf, read_header, tensor_offsets
 from edgekit.exporters.normalizers import TextNormalizer
 from edgekit.llama.binding import LOG, binding
 from edgekit.llama.expert_memory import ExpertMemory
-from edgekit.llama.stream import CookieFile, VirtualFile, has_fopencookie, read_from
+from edgekit.llama.stream import CookieFile, RawFile, VirtualFile, has_fopencookie, read_from
 from edgekit.llama.unnamed import UnnamedFile, unnamed_file
 from edgekit.llama.vocab import vocab_of
 
@@ -362,35 +362,10 @@ def _write_all(source: VirtualFile, descriptor: int, progress: Progress | None) 
         position += len(data)
 
 
-class _Raw(io.RawIOBase):
-    """A virtual file as a binary file, for the header reader."""
-
-    def __init__(self, source: VirtualFile) -> None:
-        self._source, self._position = source, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source.size}
-        self._position = base[whence] + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        n = min(len(buffer), self._source.size - self._position)
-        data = self._source.read(self._position, n) if n > 0 else b""
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
 def _read_header(source: Path | VirtualFile) -> Gguf:
     if isinstance(source, Path):
         return read_header(source)
-    return read_header(io.BufferedReader(_Raw(source), 1 << 16), name="the virtual file")
+    return read_header(io.BufferedReader(RawFile(source), 1 << 16), name="the virtual file")
 
 
 def _check_whole(source: Path | VirtualFile, header: Gguf) -> None:

@@ -78,6 +78,36 @@ def check_read(offset: int, n: int, got: int) -> None:
         )
 
 
+class RawFile(io.RawIOBase):
+    """A virtual file as a binary file, for the header reader."""
+
+    def __init__(self, source: VirtualFile) -> None:
+        """Begin at its first byte."""
+        self._source, self._position = source, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to another place."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source.size}
+        self._position = base[whence] + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill ``buffer`` as far as a read of the source does; 0 at the end."""
+        n = min(len(buffer), self._source.size - self._position)
+        data = self._source.read(self._position, n) if n > 0 else b""
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
 _READ = ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _WRITE = ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _SEEK = ctypes.CFUNCTYPE(
