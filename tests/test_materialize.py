@@ -18,6 +18,7 @@ from stock_llama import logits
 from edgekit import materialize as module
 from edgekit.artifact import Artifact, open_artifact
 from edgekit.assembly import Ahead, Assembly, Piece
+from edgekit.disk import write_at
 from edgekit.errors import DiskFullError, DoesNotFitError, RefusedError, UsageError
 from edgekit.exporters.gguf import tensor_offsets
 from edgekit.kernels.ggml import ByteArray
@@ -45,6 +46,23 @@ def artifact(request: pytest.FixtureRequest) -> Path:
 def whole(opened: Artifact, depths: Depths) -> bytes:
     assembly = Assembly(opened, depths)
     return assembly.read(0, assembly.size)
+
+
+@pytest.mark.parametrize("has_pwrite", [True, False])
+def test_all_is_written_where_it_belongs_also_in_short_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_pwrite: bool
+) -> None:
+    write, pwrite = os.write, os.pwrite
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:7], at))
+    if not has_pwrite:
+        monkeypatch.delattr(os, "pwrite")
+    descriptor = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
+    write_at(descriptor, bytes(range(100, 150)), 50)
+    write_at(descriptor, bytes(range(50)), 0)
+    os.close(descriptor)
+    found = (tmp_path / "file").read_bytes()
+    assert found == bytes(range(50)) + bytes(range(100, 150))
 
 
 def test_reads_at_any_offset_are_the_files_bytes(artifact: Path, tmp_path: Path) -> None:

@@ -19,8 +19,10 @@ from edgekit.errors import RefusedError
 from edgekit.footprint import kv_bytes
 from edgekit.plan import plan_budget, plan_tier, shape_in
 from edgekit.profile import profile, read_peers
+from edgekit.progress import Silent
 from edgekit.report import render
-from edgekit.trials import _seconds, checks, least_disturbed
+from edgekit.trial import Trial
+from edgekit.trials import _seconds, checks, least_disturbed, measured
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +179,28 @@ def test_of_two_rounds_the_less_disturbed_counts():
     best = least_disturbed([slow, fast])
     assert (best.decode_tokens_per_s, best.load_seconds) == (60.0, 0.4)
     assert (best.peak_bytes, best.budget_bytes) == (991, 1000)
+
+
+def test_every_budget_is_tried_behind_each_round_of_the_probe(artifact, monkeypatch):
+    """And the best of all rounds counts."""
+    catalog, device, tried = open_catalog(artifact), find_device("pixel-8"), list[int]()
+    plans = [plan_budget(catalog, n, 512) for n in (1 << 28, 1 << 29, 1 << 30)]
+
+    def probe(*_: Any, then: Any) -> Any:
+        for _round in range(3):
+            then()
+        return device
+
+    def try_budget(_folder: Path, budget: int, *_: Any) -> Trial:
+        tried.append(budget)
+        speed = float(len(tried))
+        return Trial(budget, budget, 990, 1 / speed, 100.0, speed, 500, 0.1, 0.1)
+
+    monkeypatch.setattr("edgekit.trials.probe", probe)
+    monkeypatch.setattr("edgekit.trials.try_budget", try_budget)
+    checks = measured(catalog, plans, Silent())["checks"]
+    assert tried == 3 * [1 << 28, 1 << 29, 1 << 30]
+    assert [c["trial"]["decode_tokens_per_s"] for c in checks] == [7.0, 8.0, 9.0]
 
 
 # The command
