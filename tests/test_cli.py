@@ -274,6 +274,8 @@ def test_verbose_shows_the_traceback_above_the_line(here):
         ("materialize llama-edge --tier Q4_K -o phone.gguf", 2, ["phone.gguf", "--force"]),
         ("materialize llama-edge --tier Q4_K -o no/x", 2, ["no is no folder", "-o"]),
         ("materialize llama-edge --tier Q4_K -o llama-edge", 2, ["folder", "-o"]),
+        ("devices probe -o no/x.toml", 2, ["no is no folder", "-o"]),
+        ("devices probe -o x", 2, ["does not end in .toml"]),
         ("convert Llama-3.2-1B -o llama-edge", 2, ["llama-edge exists", "--force"]),
         ("convert Llama-3.2-1B -o x --tiers Q4K,source", 2, ["'Q4K'", "'Q4_K'"]),
         ("convert Llama-3.2-1B -o x --tiers Q6_K,Q4_K", 2, ["Q6_K,Q4_K", "few bits"]),

@@ -64,14 +64,15 @@ def probe(
     \b
         edgekit devices probe -o this-machine.toml
     """
-    if output is not None and output.exists() and not force:
-        raise UsageError(f"{output} exists; choose another -o, or replace it with --force")
     if output is not None and output.suffix != ".toml":
         raise UsageError(f"{output} does not end in .toml, by which --device knows a file")
     from edgekit.devices.profile import as_toml
+    from edgekit.materialize import check_output
     from edgekit.probe import probe as measure
     from edgekit.spool import write_atomically
 
+    if output is not None:
+        check_output(output, force)
     folder = output.parent if output is not None else Path()
     name = output.stem if output is not None else "this-machine"
     with progress_bars() as progress:
