@@ -14,8 +14,8 @@ static const float ROUND = 12582912.0f; /* 1.5 * 2**23: adding it rounds half to
 
 INLINE int is_finite(float f) { return (bits_of(f) & EXPONENT) != EXPONENT; }
 
-/* Units are taken a few at a time, in passes: what one pass wrote with narrow stores the next one reads
- * with wide loads, which would wait until it has reached the cache. */
+/* Units are taken a few at a time, in passes: what one pass wrote with narrow stores the next one
+ * reads with wide loads, which would wait until it has reached the cache. */
 enum { TILE = 4, TILE_GROUPS = TILE * GROUPS };
 
 /* Of the groups of a tile. */

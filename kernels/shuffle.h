@@ -1,4 +1,5 @@
-/* Bytes chosen from sixteen by sixteen or eight indices below 16: one instruction where there is one. */
+/* Bytes chosen from sixteen by sixteen or eight indices below 16: in one instruction where a
+ * machine has it. */
 #ifndef EDGEKIT_SHUFFLE_H
 #define EDGEKIT_SHUFFLE_H
 

@@ -107,7 +107,9 @@ INLINE uint8_t *far_at(const streams_t *streams, counts_t done, int c) {
 
 /* With one more group of class c, of which n_far are far. */
 INLINE counts_t counted(counts_t done, int c, uint64_t n_far) {
-    return (counts_t){done.n_near + ((GROUP - n_far) << (16 * c)), done.n_far + (n_far << (16 * c))};
+    done.n_near += (GROUP - n_far) << (16 * c);
+    done.n_far += n_far << (16 * c);
+    return done;
 }
 
 INLINE void advance(streams_t *streams, counts_t done) {
