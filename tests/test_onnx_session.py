@@ -227,6 +227,17 @@ def test_the_cache_is_used_again_and_a_touched_file_is_not(artifact):
     assert data.read_bytes() != bytes(blob)
 
 
+def test_another_onnxruntime_gets_graphs_of_its_own(artifact, monkeypatch):
+    """An older one refuses what the newest is told of experts."""
+    from edgekit.onnx import cache
+
+    places = set()
+    for is_newest in (True, False):
+        monkeypatch.setattr(cache, "is_newest", lambda is_newest=is_newest: is_newest)
+        places.add(cache.cached_folder(open_onnx(artifact), 4))
+    assert len(places) == 2
+
+
 def test_without_a_cache_the_codes_are_composed_for_the_session(artifact, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "file"))

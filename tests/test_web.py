@@ -1,15 +1,18 @@
 """The browser sample: the page answers in Chromium, transformers.js on Node gives our tokens.
 
 Needs node, npm and, for the page, Chromium. The packages of samples/web/package-lock.json (470 MB)
-are installed beside it once.
+are installed beside it once. Node's onnxruntime is often older than Python's: where that matters,
+Python's of the same version is installed into a folder.
 """
 
 import functools
 import http.server
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -112,6 +115,40 @@ def test_node_gives_the_tokens_of_python(node, made, monkeypatch):
     for key, value in FLOAT_EXPERTS.items():
         monkeypatch.setenv(key, value)
     assert tokens_in_python(artifact)[0] == got
+
+
+@pytest.fixture(scope="session")
+def same_onnxruntime(tmp_path_factory) -> Path:
+    """A folder with Python's onnxruntime of the version that Node has."""
+    lock = json.loads((WEB / "package-lock.json").read_text())
+    version = lock["packages"]["node_modules/onnxruntime-node"]["version"]
+    folder = tmp_path_factory.mktemp("onnxruntime")
+    words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
+    done = subprocess.run(
+        [*words, f"onnxruntime=={version}"], capture_output=True, text=True, timeout=SECONDS
+    )
+    if done.returncode:
+        pytest.skip(f"onnxruntime {version} cannot be installed: {done.stderr[-300:]}")
+    return folder
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "onnxruntime-genai"])
+def test_all_runtimes_give_the_same_tokens(node, made, same_onnxruntime, runtime):
+    """Of one version of onnxruntime, as it is."""
+    _, _, folder = made
+    ids = prompt_ids(folder)
+    words = [sys.executable, Path(__file__).with_name("onnx_tokens.py"), runtime, folder, str(N)]
+    done = subprocess.run(
+        [*words, *map(str, ids)],
+        env={**os.environ, "PYTHONPATH": str(same_onnxruntime)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=SECONDS,
+    )
+    found = json.loads(done.stdout)
+    assert Path(found["library"]).is_relative_to(same_onnxruntime)
+    assert len(found["tokens"]) == N and found["tokens"] == tokens_on_node(node, folder)
 
 
 def test_node_gives_the_float_tokens_of_python(node, made, tmp_path):

@@ -14,7 +14,7 @@ from edgekit.cache import cache_folder, identity, limit_bytes
 from edgekit.disk import folder_bytes, require_free
 from edgekit.errors import DiskFullError
 from edgekit.onnx.artifact import OnnxArtifact
-from edgekit.onnx.materialize import whole_bytes, write_folder
+from edgekit.onnx.materialize import is_newest, whole_bytes, write_folder
 
 STAMP = "stamp.json"
 
@@ -60,7 +60,8 @@ def model_folder(artifact: OnnxArtifact, depth: int) -> Iterator[Path]:
 
 
 def _place(artifact: OnnxArtifact, depth: int) -> Path:
-    key = json.dumps([depth, *sorted(record.sha256 for record in artifact.part.files)])
+    files = sorted(record.sha256 for record in artifact.part.files)
+    key = json.dumps([depth, is_newest(), *files])  # graphs are for the onnxruntime of here
     return cache_folder() / "onnx" / hashlib.sha256(key.encode()).hexdigest()[:40]
 
 
