@@ -75,6 +75,8 @@ class Device:
         token_seconds: Of every token, whatever the model.
         layer_seconds: Of every layer and token, whatever its size.
         prompt_layer_seconds: The same for every token of a prompt.
+        batch_bytes_per_s: Bytes of weights per second that each batch of a prompt takes on top of
+            its operations; ``None``: as a token does.
         small_bytes: Models up to this size stay in the processor's caches; ``None``: not known.
         small_decode_bytes_per_s: ``decode_bytes_per_s`` of those.
         small_prompt_operations_per_s: ``prompt_operations_per_s`` of those.
@@ -96,6 +98,7 @@ class Device:
     token_seconds: Figure
     layer_seconds: Figure
     prompt_layer_seconds: Figure
+    batch_bytes_per_s: Figure | None = None
     small_bytes: Figure | None = None
     small_decode_bytes_per_s: Figure | None = None
     small_prompt_operations_per_s: Figure | None = None
@@ -109,6 +112,13 @@ class Device:
         """Bytes of weights per second for a model of that size."""
         small = self.small_decode_bytes_per_s
         return small if small and self._is_small(model_bytes) else self.decode_bytes_per_s
+
+    def batch_rates(self, model_bytes: int) -> Figure:
+        """Bytes of weights per second of a batch, for a model of that size."""
+        rates = self.batch_bytes_per_s
+        return (
+            rates if rates and not self._is_small(model_bytes) else self.decode_rates(model_bytes)
+        )
 
     def prompt_rates(self, model_bytes: int) -> Figure:
         """Operations per second for a model of that size."""

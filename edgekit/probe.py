@@ -37,7 +37,8 @@ LEAST_BYTES = 96 << 20  # of weights that prompts are timed on: more than caches
 MANY_BYTES = 256 << 20  # that tokens are timed on: what caches keep of them does not count
 SMALL_BYTES = 4 << 20  # that stay in the caches of any processor that does not tell their size
 MOST_BYTES, FILE_BYTES = 256 << 20, 128 << 20  # of memory and of a file that are read
-N_DECODES, N_SMALL, N_PROMPT = 24, 120, 256
+N_DECODES, N_SMALL, N_PROMPT, SHORT_BATCH = 24, 120, 256, 32
+DEEP_SECONDS = 0.5  # that tokens of large models are timed for: what memory gives goes up and down
 REPEATS = 3
 N_ROUNDS = 3  # over all models: a machine's other work comes in bursts
 
@@ -68,11 +69,18 @@ class Timing:
 
     Medians of the least disturbed stretch: whatever else the machine does only adds. What was not
     timed is infinite.
+
+    Attributes:
+        token: At the start.
+        late_token: Behind many others.
+        prompt: Of `N_PROMPT` tokens at once.
+        batched_prompt: In batches of `SHORT_BATCH`.
     """
 
     token: float
     late_token: float
     prompt: float
+    batched_prompt: float
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ def probe(
     name: str,
     progress: Progress,
     n_threads: int | None = None,
+    n_rounds: int = N_ROUNDS,
     then: Callable[[], None] | None = None,
 ) -> Device:
     """Measure this machine; takes about a minute, and 128 MiB of disk for a while.
@@ -106,6 +115,7 @@ def probe(
         name: Of the device, and of its file.
         progress: Told every step.
         n_threads: That decode; ``None`` takes the physical cores.
+        n_rounds: Over all models.
         then: Called after each round over all models, for measurements that are to have the same
             moments of the machine.
 
@@ -119,7 +129,7 @@ def probe(
     storage = _storage_bytes_per_s(folder)
     progress.advance(1)
     rounds = defaultdict[ProbeShape, list[Timing]](list)
-    for _ in range(N_ROUNDS):
+    for _ in range(n_rounds):
         progress.start("probe", len(shapes()))
         for shape in shapes():
             rounds[shape].append(_time(shape, threads))
@@ -154,7 +164,7 @@ def described(name: str, measured: Measured) -> Device:
     def figure(value: float, what: str = "llama.cpp") -> Figure:
         return Figure(_digits(value), "measured", f"{how}: {what}")
 
-    def by_type(rates: Mapping[str, tuple[float, float]], which: int) -> Figure:
+    def by_type(rates: Mapping[str, tuple[float, ...]], which: int) -> Figure:
         values = {kind: _digits(rate[which]) for kind, rate in rates.items()}
         return Figure(statistics.median(values.values()), "measured", f"{how}: llama.cpp", values)
 
@@ -175,6 +185,7 @@ def described(name: str, measured: Measured) -> Device:
         token_seconds=figure(token),
         layer_seconds=figure(layer),
         prompt_layer_seconds=figure(prompt),
+        batch_bytes_per_s=by_type(large, 2),
         small_bytes=Figure(_cache_bytes(), "measured", f"{how}: the processor's last cache"),
         small_decode_bytes_per_s=by_type(small, 0),
         small_prompt_operations_per_s=figure(small_prompt),
@@ -224,14 +235,23 @@ def _attention_per_s(deep: Timing) -> float:
 
 def _large_rates(
     kind: str, timings: Mapping[ProbeShape, Timing], fixed: tuple[float, float, float, float]
-) -> tuple[float, float]:
-    """Bytes and operations per second of models of real width, less what is not weights."""
+) -> tuple[float, float, float]:
+    """Of models of real width, less what is not weights.
+
+    Returns:
+        Bytes per second of a token; operations per second of a prompt; bytes per second of a batch.
+    """
     large, deep, (token, layer, read, attention) = large_shape(kind), deep_shape(kind), fixed
     single, timing = _unattended(deep, timings, attention), timings[large]
-    decode = _positive(single - token - deep.layers * layer, single)
-    not_weights = timing.token + N_PROMPT * large.layers * read
+    decode = deep.weights_bytes / _positive(single - token - deep.layers * layer, single)
+    n_more = N_PROMPT // SHORT_BATCH - 1
+    batch = _positive(timing.batched_prompt - timing.prompt, timing.prompt) / n_more
+    not_batch = timing.token - large.weights_bytes / decode
+    of_weights = _positive(batch - not_batch, batch)
+    not_weights = batch + N_PROMPT * large.layers * read
     prompt = _positive(timing.prompt - not_weights, timing.prompt)
-    return deep.weights_bytes / decode, 2 * N_PROMPT * large.prompt_weights / prompt
+    operations = 2 * N_PROMPT * large.prompt_weights
+    return decode, operations / prompt, large.weights_bytes / of_weights
 
 
 def _positive(seconds: float, whole: float) -> float:
@@ -269,18 +289,39 @@ def _time(shape: ProbeShape, threads: int) -> Timing:
     n = N_SMALL if shape.width < WIDTH else N_DECODES
     reads = shape.width < WIDTH or shape == large_shape(shape.kind)
     with open_model(ProbeModel(shape)) as model, Context(model, CONTEXT, n_threads=threads) as c:
-        prompts = [math.inf]
-        c.decode(ids[:N_PROMPT] if reads else ids[:1])  # warms up
-        for _ in range(REPEATS if reads else 0):
-            c.clear()
-            prompts.append(_seconds(lambda: c.decode(ids[:N_PROMPT])))
+        prompt = _prompt_seconds(c, ids[:N_PROMPT]) if reads else math.inf
+        c.decode(ids[:1])  # warms up
         c.clear()
-        tokens = [_seconds(lambda: c.decode(ids[:1])) for _ in range(n)]
+        tokens = _token_seconds(c, n, 0 if reads else DEEP_SECONDS)
         late = tokens
         if shape == DEEP:
             c.decode(ids[: CONTEXT - len(c.tokens) - N_DECODES])
-            late = [_seconds(lambda: c.decode(ids[:1])) for _ in range(N_DECODES)]
-    return Timing(_least_median(tokens), _least_median(late), min(prompts))
+            late = _token_seconds(c, N_DECODES)
+        batched = math.inf
+        if shape == large_shape(shape.kind):
+            with Context(model, N_PROMPT, n_batch=SHORT_BATCH, n_threads=threads) as short:
+                batched = _prompt_seconds(short, ids[:N_PROMPT])
+    return Timing(_least_median(tokens), _least_median(late), prompt, batched)
+
+
+def _prompt_seconds(context: Context, ids: list[int]) -> float:
+    """The least of a few, the first one aside, which warms up; leaves the context empty."""
+    seconds = list[float]()
+    for _ in range(1 + REPEATS):
+        seconds.append(_seconds(lambda: context.decode(ids)))
+        context.clear()
+    return min(seconds[1:])
+
+
+def _token_seconds(context: Context, n: int, least: float = 0.0) -> list[float]:
+    """Of ``n`` tokens, one after the other, and more until they take ``least`` seconds.
+
+    More only as far as they attend to the first group of cells.
+    """
+    seconds = list[float]()
+    while len(seconds) < n or (sum(seconds) < least and len(context.tokens) < CELLS):
+        seconds.append(_seconds(lambda: context.decode([1])))
+    return seconds
 
 
 def _least_median(seconds: Sequence[float]) -> float:

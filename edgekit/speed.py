@@ -4,7 +4,7 @@ A token reads every weight that it uses once, and the keys and values of all tok
 seconds of a token are those bytes over what the device decodes per second, plus a cost per token
 and per layer, which small models feel. A prompt is limited by arithmetic: two operations for every
 weight and token, the output head's for its last position only; and each batch of it reads all
-weights once, as a token does.
+weights once, at a rate of its own where the profile has one.
 """
 
 import re
@@ -30,6 +30,7 @@ class Work:
 
     Attributes:
         weight_bytes: Of the weights that a token reads, by ggml type.
+        head: The output head's ggml type, and its bytes, which ``weight_bytes`` has too.
         prompt_weights: Number of weights that every token of a prompt is multiplied with, by type.
         attention: Elements of keys and values that a token reads for each one before it, in all
             heads: of layers that attend to everything, and of those with a window.
@@ -40,6 +41,7 @@ class Work:
     """
 
     weight_bytes: Mapping[str, int]
+    head: tuple[str, int]
     prompt_weights: Mapping[str, int]
     attention: tuple[int, int]
     window: int
@@ -75,6 +77,7 @@ def work_of(catalog: Catalog, plan: Plan) -> Work:
             prompt[stack.type_at(tier)] += round(used * stack.n_weights)
     return Work(
         weight_bytes=dict(n_bytes),
+        head=_head(catalog, plan, head),
         prompt_weights=dict(prompt),
         attention=_attention(catalog, shape),
         window=shape.window,
@@ -82,6 +85,12 @@ def work_of(catalog: Catalog, plan: Plan) -> Work:
         batch=plan.batch,
         model_bytes=plan.depths.weights_bytes,
     )
+
+
+def _head(catalog: Catalog, plan: Plan, name: str) -> tuple[str, int]:
+    stack = next(stack for stack in catalog.stacks if stack.name == name)
+    tier = plan.depths.tier(name)
+    return stack.type_at(tier), resident_bytes(stack, tier)
 
 
 def _attention(catalog: Catalog, shape: Shape) -> tuple[int, int]:
@@ -116,7 +125,18 @@ def prompt_seconds(device: Device, work: Work, n_tokens: int) -> float:
     first = work.attended(0)  # is in the rates, which a first group of cells was timed for
     attended = sum((end - start) * (work.attended(end) - first) for start, end in pairs)
     attention = attended / device.attention_per_s.value
-    return n_tokens * per_token + attention + len(ends) * token_seconds(device, work)
+    return n_tokens * per_token + attention + _batches_seconds(device, work, len(ends))
+
+
+def _batches_seconds(device: Device, work: Work, n: int) -> float:
+    """What ``n`` batches cost whatever their tokens; the last one computes the output head too."""
+    rates = device.batch_rates(work.model_bytes)
+    kind, head = work.head
+    weights = sum(n_bytes / rates.of(k) for k, n_bytes in work.weight_bytes.items())
+    weights -= head / rates.of(kind)
+    attention = work.attended(0) / device.attention_per_s.value
+    last = head / device.decode_rates(work.model_bytes).of(kind)
+    return n * (_fixed_seconds(device, work) + weights + attention) + last
 
 
 def _fixed_seconds(device: Device, work: Work) -> float:

@@ -4,6 +4,7 @@ The peak of a process is for all of its life, so every budget gets a fresh one.
 """
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ TIMEOUT_SECONDS = 1800
 @dataclass(frozen=True)
 class Trial:
     """What a budget measured.
+
+    Where no change of depth was tried its bytes are 0 and its seconds infinite.
 
     Attributes:
         budget_bytes: The process was given.
@@ -48,13 +51,13 @@ class Trial:
     return_seconds: float
 
 
-def try_budget(artifact: Path, budget: int, other: int, context: int, kv_type: str) -> Trial:
+def try_budget(artifact: Path, budget: int, other: int | None, context: int, kv_type: str) -> Trial:
     """Measure ``budget``, and changing to the budget ``other`` and back, in a child process.
 
     Raises:
         EdgekitError: The child failed; the message is its own.
     """
-    words = [str(artifact), str(budget), str(other), str(context), kv_type]
+    words = [str(artifact), str(budget), str(other or 0), str(context), kv_type]
     done = subprocess.run(
         [sys.executable, "-m", "edgekit.trial", *words],
         capture_output=True,
@@ -72,8 +75,10 @@ def _trial(artifact: Path, budget: int, other: int, context: int, kv_type: str) 
         planned = session.plan.total_bytes
         prompt, decode = _speeds(session)
         peak = peak_rss_bytes()
-        down, resized = _resized(session, other)
-        back, _ = _resized(session, budget)
+        down, resized, back = math.inf, 0, math.inf
+        if other:
+            down, resized = _resized(session, other)
+            back, _ = _resized(session, budget)
         return Trial(
             budget, planned, peak, session.load_seconds, prompt, decode, resized, down, back
         )

@@ -22,7 +22,7 @@ from edgekit.progress import Progress
 from edgekit.speed import prompt_seconds, token_seconds, work_of
 from edgekit.trial import N_PROMPT, N_TOKENS, Trial, try_budget
 
-N_TRIALS = 5
+N_TRIALS, N_ROUNDS = 5, 6
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,15 @@ def measured(catalog: Catalog, plans: Sequence[Plan], progress: Progress) -> Jso
 
     def try_all() -> None:
         progress.start("measure", len(chosen))
+        others = [None if rounds else _other(plan, chosen) for plan in chosen]
         rounds.append([])
-        for plan in chosen:
-            rounds[-1].append(_tried(catalog.folder, plan, chosen))
+        for plan, other in zip(chosen, others, strict=True):
+            budget = plan.budget_bytes or plan.total_bytes
+            trial = try_budget(catalog.folder, budget, other, plan.context, plan.kv_type)
+            rounds[-1].append(trial)
             progress.advance(1)
 
-    device = probe(Path(), "this-machine", progress, then=try_all)
+    device = probe(Path(), "this-machine", progress, n_rounds=N_ROUNDS, then=try_all)
     trials = [least_disturbed(of_budget) for of_budget in zip(*rounds, strict=True)]
     return {
         "device": asdict(device),
@@ -79,12 +82,12 @@ def least_disturbed(trials: Sequence[Trial]) -> Trial:
     return replace(first, **best)
 
 
-def _tried(folder: Path, plan: Plan, chosen: Sequence[Plan]) -> Trial:
+def _other(plan: Plan, chosen: Sequence[Plan]) -> int:
+    """The budget that a change of depth goes to: half of the plan's, as far as there is one."""
     budgets = [p.budget_bytes or p.total_bytes for p in chosen]
     budget = plan.budget_bytes or plan.total_bytes
     lower = [b for b in budgets if b < budget]
-    other = max((b for b in lower if b <= budget / 2), default=min(lower, default=budgets[-1]))
-    return try_budget(folder, budget, other, plan.context, plan.kv_type)
+    return max((b for b in lower if b <= budget / 2), default=min(lower, default=budgets[-1]))
 
 
 def checks(

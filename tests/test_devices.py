@@ -93,8 +93,13 @@ def test_small_models_have_rates_of_their_own():
     assert device.decode_rates(1 << 20) is small
     assert device.decode_rates((1 << 20) + 1) is device.decode_bytes_per_s
     assert device.prompt_rates(1) is device.prompt_operations_per_s  # not given for small ones
+    batch = Figure(5e9, "measured", "a probe")
+    large = replace(device, batch_bytes_per_s=batch)
+    assert device.batch_rates(1 << 30) is device.decode_bytes_per_s
+    assert large.batch_rates(1 << 30) is batch and large.batch_rates(1) is small
     assert set(OPTIONAL) == {
-        "small_bytes", "small_decode_bytes_per_s", "small_prompt_operations_per_s"
+        "batch_bytes_per_s", "small_bytes", "small_decode_bytes_per_s",
+        "small_prompt_operations_per_s",
     }  # fmt: skip
 
 

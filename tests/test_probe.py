@@ -12,7 +12,9 @@ from edgekit.probe import (
     DEEP,
     N_PROMPT,
     SHALLOW,
+    SHORT_BATCH,
     TYPES,
+    WIDTH,
     Measured,
     Timing,
     deep_shape,
@@ -75,14 +77,18 @@ def test_llama_cpp_computes_with_it():
 
 def made_up(token: float, layer: float, read: float) -> tuple[Measured, float]:
     """Timings of a machine whose every cost is known."""
-    rate, operations, attention = 2e10, 4e11, 5e9
+    rate, operations, attention, batch_rate = 2e10, 4e11, 5e9, 8e9
 
     def timing(shape: ProbeShape) -> Timing:
         single = token + shape.layers * layer + shape.weights_bytes / rate
         single += shape.attention * 256 / attention
-        prompt = single + N_PROMPT * (2 * shape.prompt_weights / operations + shape.layers * read)
+        reading = N_PROMPT * (2 * shape.prompt_weights / operations + shape.layers * read)
+        batch = single
+        if shape.width == WIDTH:
+            batch += shape.weights_bytes / batch_rate - shape.weights_bytes / rate
         cells = shape.attention * (CONTEXT - 256) / attention
-        return Timing(single, single + cells, prompt)
+        batches = N_PROMPT // SHORT_BATCH
+        return Timing(single, single + cells, batch + reading, batches * batch + reading)
 
     return Measured(2, 4e10, (2e9, 1e10), {shape: timing(shape) for shape in shapes()}), rate
 
@@ -98,12 +104,13 @@ def test_costs_that_went_in_come_out():
         assert device.decode_bytes_per_s.of(kind) == pytest.approx(rate, rel=0.01)
         assert device.small_decode_bytes_per_s.of(kind) == pytest.approx(rate, rel=0.01)
         assert device.prompt_operations_per_s.of(kind) == pytest.approx(4e11, rel=0.02)
+        assert device.batch_bytes_per_s.of(kind) == pytest.approx(8e9, rel=0.02)
 
 
 @pytest.mark.parametrize("late", [1e-3, 1e-1])  # attention costs nothing, or all of a token
 def test_noise_larger_than_what_is_measured_leaves_every_figure_above_zero(tmp_path, late):
     measured, _ = made_up(5e-5, 2e-5, 4e-6)
-    flat = {shape: Timing(1e-3, late, 2e-3) for shape in measured.timings}
+    flat = {shape: Timing(1e-3, late, 2e-3, 2e-3) for shape in measured.timings}
     device = described("noisy", Measured(2, 4e10, (2e9, 1e10), flat))
     path = tmp_path / "noisy.toml"
     path.write_text(as_toml(device))
@@ -111,7 +118,8 @@ def test_noise_larger_than_what_is_measured_leaves_every_figure_above_zero(tmp_p
 
 
 def test_of_two_rounds_the_less_disturbed_counts():
-    assert least_disturbed([Timing(1.0, 5.0, 3.0), Timing(2.0, 4.0, 3.5)]) == Timing(1.0, 4.0, 3.0)
+    rounds = [Timing(1.0, 5.0, 3.0, 7.0), Timing(2.0, 4.0, 3.5, 6.0)]
+    assert least_disturbed(rounds) == Timing(1.0, 4.0, 3.0, 6.0)
 
 
 def test_large_models_do_not_fit_caches_and_small_ones_differ_in_weights_alone():

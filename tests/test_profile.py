@@ -22,7 +22,7 @@ from edgekit.profile import profile, read_peers
 from edgekit.progress import Silent
 from edgekit.report import render
 from edgekit.trial import Trial
-from edgekit.trials import _seconds, checks, least_disturbed, measured
+from edgekit.trials import N_ROUNDS, _seconds, checks, least_disturbed, measured
 
 
 @pytest.fixture(scope="module")
@@ -182,25 +182,32 @@ def test_of_two_rounds_the_less_disturbed_counts():
 
 
 def test_every_budget_is_tried_behind_each_round_of_the_probe(artifact, monkeypatch):
-    """And the best of all rounds counts."""
-    catalog, device, tried = open_catalog(artifact), find_device("pixel-8"), list[int]()
+    """The best of all rounds counts; the first one changes depths."""
+    catalog, device = open_catalog(artifact), find_device("pixel-8")
+    tried = list[tuple[int, int | None]]()
     plans = [plan_budget(catalog, n, 512) for n in (1 << 28, 1 << 29, 1 << 30)]
 
-    def probe(*_: Any, then: Any) -> Any:
-        for _round in range(3):
+    def probe(*_: Any, then: Any, n_rounds: int) -> Any:
+        for _round in range(n_rounds):
             then()
         return device
 
-    def try_budget(_folder: Path, budget: int, *_: Any) -> Trial:
-        tried.append(budget)
-        speed = float(len(tried))
-        return Trial(budget, budget, 990, 1 / speed, 100.0, speed, 500, 0.1, 0.1)
+    def try_budget(_folder: Path, budget: int, other: int | None, *_: Any) -> Trial:
+        tried.append((budget, other))
+        speed, resize = float(len(tried)), 0.1 if other else math.inf
+        return Trial(budget, budget, 990, 1 / speed, 100.0, speed, other or 0, resize, resize)
 
     monkeypatch.setattr("edgekit.trials.probe", probe)
     monkeypatch.setattr("edgekit.trials.try_budget", try_budget)
     checks = measured(catalog, plans, Silent())["checks"]
-    assert tried == 3 * [1 << 28, 1 << 29, 1 << 30]
-    assert [c["trial"]["decode_tokens_per_s"] for c in checks] == [7.0, 8.0, 9.0]
+    budgets = [1 << 28, 1 << 29, 1 << 30]
+    others = [1 << 30, 1 << 28, 1 << 29]
+    assert tried[:3] == list(zip(budgets, others, strict=True))
+    assert tried[3:] == (N_ROUNDS - 1) * [(budget, None) for budget in budgets]
+    best = [c["trial"] for c in checks]
+    last = 3.0 * N_ROUNDS
+    assert [t["decode_tokens_per_s"] for t in best] == [last - 2, last - 1, last]
+    assert [(t["resize_bytes"], t["return_seconds"]) for t in best] == [(o, 0.1) for o in others]
 
 
 # The command

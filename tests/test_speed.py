@@ -135,11 +135,20 @@ def test_a_prompt_is_two_operations_per_weight_and_token(llama):
 
 def test_every_batch_of_a_prompt_reads_the_weights(llama):
     _, work = llama
-    n = sum(work.weight_bytes.values())
+    n, (_, head) = sum(work.weight_bytes.values()), work.head
     small = replace(work, batch=32)
     device = only(decode_bytes_per_s=1e6)
-    assert prompt_seconds(device, small, 33) == pytest.approx(2 * n / 1e6)
+    assert prompt_seconds(device, small, 33) == pytest.approx((2 * n - head) / 1e6)
     assert prompt_seconds(device, small, 32) == pytest.approx(n / 1e6)
+    assert 0 < head < n
+
+
+def test_a_batch_has_a_rate_of_its_own_where_it_was_measured(llama):
+    _, work = llama
+    n, (_, head) = sum(work.weight_bytes.values()), work.head
+    device = only(decode_bytes_per_s=1e6, batch_bytes_per_s=1e5)
+    want = 2 * (n - head) / 1e5 + head / 1e6
+    assert prompt_seconds(device, replace(work, batch=32), 33) == pytest.approx(want)
 
 
 def test_what_a_plan_reads_of_the_artifact(llama_artifact):

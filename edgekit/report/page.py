@@ -339,6 +339,7 @@ FIGURE_UNITS = {
     "token_seconds": "seconds",
     "layer_seconds": "seconds",
     "prompt_layer_seconds": "seconds",
+    "batch_bytes_per_s": "speed",
     "small_bytes": "size",
     "small_decode_bytes_per_s": "speed",
     "small_prompt_operations_per_s": "rate",
