@@ -13,6 +13,7 @@ from edgekit.sizes import format_size
 
 # Of os.open: no link is followed, and Windows changes no line ends
 PLAIN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an `OSError` says then
 _seeking = threading.Lock()
 
 
@@ -33,13 +34,36 @@ def require_free(folder: Path, n_bytes: int, what: str) -> None:
         )
 
 
+def require_name(output: Path) -> None:
+    """Check that ``output`` has a name of its own, beside which hidden ones can stand.
+
+    Raises:
+        UsageError: It is the folder we are in, or one above.
+    """
+    if output.name in ("", ".."):
+        raise UsageError(f"{output} is no name for a new folder; choose another -o")
+
+
+def require_new_folder(output: Path, force: bool) -> None:
+    """Check that a folder may be made as ``output``, or replaced where force is on.
+
+    Raises:
+        UsageError: It exists and force is off, it is a link or a file, or has no name of its own.
+    """
+    require_name(output)
+    if output.is_symlink() or (output.exists() and not force):
+        raise UsageError(f"{output} exists; choose another -o, or replace it with --force")
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file, not a folder to replace; choose another -o")
+
+
 @contextmanager
 def disk_full_reported(what: str, hint: str) -> Iterator[None]:
     """Turn the operating system's "no space left" into `DiskFullError`."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in DISK_FULL:
             raise
         raise DiskFullError(f"{what}: the disk is full ({error.strerror}); {hint}") from error
 

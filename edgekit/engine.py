@@ -10,6 +10,7 @@ not copied in memory either.
 """
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -142,6 +143,17 @@ class Engine:
         """Free everything but the conversation, which waits on disk for the next `load`."""
         self._save()
         self._free()
+
+    def save_file(self, path: Path) -> None:
+        """Write the conversation to ``path``, also a parked one.
+
+        Raises:
+            EdgekitError: It cannot be written.
+        """
+        if self._saved is not None:
+            self._saved.copy_to(path)
+        else:
+            self.context.save_file(path)
 
     def close(self) -> None:
         """Free everything; twice is once."""
@@ -364,6 +376,15 @@ class _Saved:
         else:
             assert self._file is not None
             context.restore_file(_path_of(self._file))
+
+    def copy_to(self, path: Path) -> None:
+        """Write the file once more, under a name."""
+        if self._file is None:
+            raise EdgekitError("the conversation is not on disk, and no depth of it is loaded")
+        try:
+            shutil.copyfile(_path_of(self._file), path)
+        except OSError as error:
+            raise EdgekitError(f"{path} cannot be written: {error.strerror}") from error
 
     def close(self) -> None:
         self._close_file()

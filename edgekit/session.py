@@ -271,7 +271,7 @@ class Session:
         """
         partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
         try:
-            self.context.save_file(partial)
+            self._engine.save_file(partial)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

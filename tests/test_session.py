@@ -251,17 +251,23 @@ def test_memory_that_goes_while_a_depth_loads_ends_the_load(
         assert next(looks).free_bytes == 4 << 30  # the shortage was seen
 
 
-def test_memory_that_never_comes_back_ends_with_one_line(
-    artifact: Path, monkeypatch: pytest.MonkeyPatch
+def test_memory_that_never_comes_back_ends_with_one_line_and_the_conversation_can_be_kept(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("edgekit.session.PATIENCE_SECONDS", 0.2)
     with edgekit.load(artifact, budget=ROOMY, context=512) as session:
         monkeypatch.setattr("edgekit.governor.Governor.reserve", lambda self, n: 4 * n)
         read(monkeypatch, lambda: Reading(0))
+        session.context.decode(session.model.tokenize("what was said stays"))
+        tokens = session.context.tokens
         assert not session.is_given_up
         with pytest.raises(DoesNotFitError, match=r"memory did not come back in 0 s"):
             session.adapt(reading=Reading(0))
         assert session.is_given_up
+        session.save(tmp_path / "state")
+    with edgekit.load(artifact, budget=ROOMY, context=512, follow=False) as session:
+        session.restore(tmp_path / "state")
+        assert session.context.tokens == tokens
 
 
 def test_messages_reuse_what_the_context_has(artifact: Path, session: Session) -> None:
