@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,42 @@ def disk_full_reported(what: str, hint: str) -> Iterator[None]:
         if error.errno not in DISK_FULL:
             raise
         raise DiskFullError(f"{what}: the disk is full ({error.strerror}); {hint}") from error
+
+
+def temporary_folder() -> Path:
+    """Where temporary files take disk and no memory, if there is such a place."""
+    usual = Path(tempfile.gettempdir())
+    places = (place for place in (usual, Path("/var/tmp")) if os.access(place, os.W_OK))
+    return next((place for place in places if not _is_in_memory(place)), usual)
+
+
+def _is_in_memory(folder: Path) -> bool:
+    """Whether its file system is one that lies in memory; only Linux tells."""
+    device = folder.stat().st_dev
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        major, _, minor = before.split()[2].partition(":")
+        if os.makedev(int(major), int(minor)) == device:
+            return after.split()[0] in ("tmpfs", "ramfs")
+    return False
+
+
+def try_to_lock(descriptor: int) -> bool:
+    """Lock an open file until it is closed or its process ends; false where another one has it.
+
+    Also false where files cannot be locked (Windows, some network file systems).
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 @contextmanager
