@@ -24,23 +24,27 @@ class Names:
     """How a version of control groups calls its files, and in ``memory.stat`` its counters.
 
     Attributes:
-        limit: File with the limit.
+        limits: Files with limits; the lowest counts. Behind ``high`` a group is slowed down.
         use: File with what is used.
         cache: Counters of file pages: inactive, active, mapped, and of those in memory only, which
             count as mapped but are neither of the others; of the group and those below.
     """
 
-    limit: str
+    limits: tuple[str, ...]
     use: str
     cache: tuple[str, str, str, str]
 
 
 V1 = Names(
-    "memory.limit_in_bytes",
+    ("memory.limit_in_bytes",),
     "memory.usage_in_bytes",
     ("total_inactive_file", "total_active_file", "total_mapped_file", "total_shmem"),
 )
-V2 = Names("memory.max", "memory.current", ("inactive_file", "active_file", "file_mapped", "shmem"))
+V2 = Names(
+    ("memory.max", "memory.high"),
+    "memory.current",
+    ("inactive_file", "active_file", "file_mapped", "shmem"),
+)
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,10 @@ def _groups(root: Path, membership: Path) -> Iterator[FreeMemory]:
 def _walk(mount: Path, path: str, names: Names) -> Iterator[FreeMemory]:
     group = mount / path.lstrip("/")
     for folder in (group, *group.parents):
-        limit, use = _number(folder / names.limit), _number(folder / names.use)
-        if limit is not None and use is not None and limit < NO_LIMIT:
+        limits = [_number(folder / name) for name in names.limits]
+        limit = min((n for n in limits if n is not None), default=NO_LIMIT)
+        use = _number(folder / names.use)
+        if use is not None and limit < NO_LIMIT:
             room = limit - use + _idle_cache(folder / "memory.stat", names)
             yield FreeMemory(max(0, room), f"control group {folder}")
         if folder == mount:

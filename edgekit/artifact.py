@@ -14,6 +14,7 @@ from types import TracebackType
 
 import numpy as np
 
+from edgekit.cache import identity
 from edgekit.catalog import Catalog, read_manifest, require_gguf
 from edgekit.checkpoint import contained
 from edgekit.errors import RefusedError
@@ -51,14 +52,14 @@ class Artifact(Catalog):
         """Map the files; ``manifest`` has been checked."""
         self._checked: dict[str, set[Part]] = {}  # by file
         self._receipts: dict[str, Receipt] = {}
-        self._base: mmap.mmap | bytes = _map(folder, manifest.base.name)
-        self._levels: mmap.mmap | bytes = _map(folder, manifest.levels.name)
+        self._base, base_seen = _map(folder, manifest.base.name)
+        self._levels, levels_seen = _map(folder, manifest.levels.name)
         super().__init__(folder, manifest, len(self._levels))
         self.header = self._check_base()
-        for record, data in self.files:
+        for (record, data), seen in zip(self.files, (base_seen, levels_seen), strict=True):
             self._checked[record.name] = set()
             if remember and data:
-                self._receipts[record.name] = Receipt(folder / record.name, record.sha256)
+                self._receipts[record.name] = Receipt(folder / record.name, record.sha256, seen)
 
     def __enter__(self) -> "Artifact":
         """Use as a context manager."""
@@ -176,15 +177,19 @@ def _base_row(stack: Stack) -> tuple[str, str, tuple[int, ...], int]:
     return stack.name, stack.type_at(lowest.tier), stack.shape, lowest.parts[0].offset
 
 
-def _map(folder: Path, name: str) -> mmap.mmap | bytes:
-    """Map a file read-only; one that is empty (cannot be mapped) or not there has no bytes."""
+def _map(folder: Path, name: str) -> tuple[mmap.mmap | bytes, list[int]]:
+    """Map a file read-only, and tell its identity.
+
+    One that is empty (cannot be mapped) or not there has no bytes.
+    """
     path = contained(folder, name)
     if path is None:
-        return b""
+        return b"", []
     try:
         with path.open("rb") as file:
-            n_bytes = os.fstat(file.fileno()).st_size
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if n_bytes else b""
+            stat = os.fstat(file.fileno())
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if stat.st_size else b""
+            return data, identity(stat)
     except OSError as error:
         raise RefusedError(f"{path}: {error.strerror}; get the artifact again") from error
 

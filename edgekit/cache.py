@@ -16,8 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import psutil
-
+from edgekit.disk import try_to_lock
 from edgekit.errors import EdgekitError
 from edgekit.sizes import parse_size
 from edgekit.spool import write_atomically
@@ -52,7 +51,7 @@ def model_path(hashes: Sequence[str], tiers: Mapping[str, str]) -> Path:
 def has_model(path: Path) -> bool:
     """Whether the model at ``path`` is there and as it was written; another one is removed."""
     try:
-        is_sound = json.loads(_stamp(path).read_bytes()) == identity(path)
+        is_sound = json.loads(_stamp(path).read_bytes()) == identity(path.stat())
     except (OSError, ValueError):
         is_sound = False
     if is_sound:
@@ -70,7 +69,7 @@ def stamp(path: Path) -> None:
         EdgekitError: Another process removed it in between.
     """
     try:
-        seen = identity(path)
+        seen = identity(path.stat())
     except FileNotFoundError as error:
         raise EdgekitError(
             f"{path} was removed from the cache by another process; load again"
@@ -78,9 +77,8 @@ def stamp(path: Path) -> None:
     write_atomically(_stamp(path), json.dumps(seen).encode())
 
 
-def identity(file: Path) -> list[int]:
+def identity(stat: os.stat_result) -> list[int]:
     """What changes when a file is replaced or written to: device, inode, size, times."""
-    stat = file.stat()
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
@@ -123,7 +121,15 @@ def _last_use(path: Path) -> float:
 def _sweep(folder: Path) -> None:
     """Remove what processes that are gone left half written."""
     for path in folder.glob("*.partial-*"):
-        pid = path.name.rpartition("-")[2]
-        is_old = time.time() - path.stat().st_mtime > 24 * 3600  # ids of processes are used again
-        if is_old or not pid.isdigit() or not psutil.pid_exists(int(pid)):
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # it became whole a moment ago
+            if time.time() - path.stat().st_mtime > 24 * 3600 or not _is_being_written(path):
+                path.unlink(missing_ok=True)
+
+
+def _is_being_written(path: Path) -> bool:
+    """Whether a process holds it; where that cannot be told, yes."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        return not try_to_lock(descriptor)
+    finally:
+        os.close(descriptor)

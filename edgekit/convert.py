@@ -15,12 +15,13 @@ from pathlib import Path
 from edgekit import __version__
 from edgekit.arch import Mapping, SourceTensor, map_checkpoint
 from edgekit.artifact import open_artifact
+from edgekit.catalog import read_manifest
 from edgekit.checkpoint import Checkpoint
 from edgekit.codecs import CODECS
 from edgekit.codecs.chunks import CHUNK_WEIGHTS
 from edgekit.convert_options import Options, check_options
 from edgekit.convert_report import Report, report_of
-from edgekit.disk import disk_full_reported, require_free
+from edgekit.disk import disk_full_reported, require_free, require_name, require_new_folder
 from edgekit.encode import Encoder, Task
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.exporters.gguf import header_bytes
@@ -64,15 +65,17 @@ def convert(
     """
     started = time.monotonic()
     check_options(options)
+    require_name(output)
     if options.prune:
         return _convert_pruned(folder, output, options, progress, command)
     checkpoint = Checkpoint.open(folder)
     spool = Spool(output.with_name(f".{output.name}.partial"))
     if options.resume and output.exists() and spool.is_published(output.name):
+        _require_made_by(output, options, {p.name: n for p, n in checkpoint.files.items()})
         spool.remove()
         progress.note(f"{output} is complete; nothing to resume")
         return report_of(output, started)
-    require_free_name(output, options)
+    require_new_folder(output, options.force)
     conversion = _Conversion(checkpoint, output, spool, options, progress)
     with disk_full_reported(f"converting to {output}", "make room and repeat with --resume"):
         conversion.run(command)
@@ -88,25 +91,40 @@ def _convert_pruned(
 
     place = output.with_name(f".{output.name}.pruned")
     pruned = place / f"{artifact_name(folder)}-pruned"
-    done = options.resume and output.exists() and not place.exists()
-    if not done:
-        require_free_name(output, options)
-        asked = Pruning(options.prune, calibration=options.calibration, resume=options.resume)
-        prune(folder, pruned, replace(asked, force=not options.resume), progress, command)
-    source = folder if done else pruned
-    report = convert(source, output, replace(options, prune=0.0), progress, command)
+    if options.resume and output.exists() and not place.exists():
+        _require_made_by(output, options, None)  # the pruned files are gone
+        progress.note(f"{output} is complete; nothing to resume")
+        return report_of(output, time.monotonic())
+    require_new_folder(output, options.force)
+    asked = Pruning(options.prune, calibration=options.calibration, resume=options.resume)
+    prune(folder, pruned, replace(asked, force=not options.resume), progress, command)
+    report = convert(pruned, output, replace(options, prune=0.0), progress, command)
     Spool(place).remove()  # at once: a kill half-way is no conversion to resume
     return report
 
 
-def require_free_name(output: Path, options: Options) -> None:
-    """Check that the output may be made.
+def _require_made_by(output: Path, options: Options, files: dict[str, int] | None) -> None:
+    """Check that the finished ``output`` is what is asked for.
+
+    Args:
+        output: An artifact.
+        options: Asked for now.
+        files: Bytes of the checkpoint's weight files; ``None`` compares none.
 
     Raises:
-        UsageError: It exists and force is off, or is a link.
+        UsageError: It has other tiers, another codec, or comes from other weights.
     """
-    if output.is_symlink() or (output.exists() and not options.force):
-        raise UsageError(f"{output} exists; choose another -o, or replace it with --force")
+    manifest = read_manifest(output)
+    tiers = options.tiers if "gguf" in options.formats else ()
+    weights = {f["name"]: f["bytes"] for f in manifest.source["files"]}
+    same = (manifest.codec, manifest.tiers) == (options.codec, tiers)
+    same = same and (manifest.onnx is not None) == ("onnx" in options.formats)
+    if same and (files is None or files.items() <= weights.items()):
+        return
+    raise UsageError(
+        f"{output} is complete and was made from another checkpoint or with other options; choose "
+        "another -o, or replace it with --force"
+    )
 
 
 class _Conversion:

@@ -82,6 +82,10 @@ def check_options(options: Options) -> None:
         raise UsageError(
             "--error-feedback needs a text to calibrate on; leave --no-calibration out"
         )
+    if options.save_imatrix and not options.statistics:
+        raise UsageError("--no-calibration leaves nothing for --save-imatrix; leave one out")
+    if options.address and options.engine == "local":
+        raise UsageError("--address is of a Ray cluster; add --engine ray")
     if "gguf" not in options.formats:
         return
     lowest = options.tiers[0]

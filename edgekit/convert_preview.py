@@ -6,9 +6,10 @@ from pathlib import Path
 from edgekit.arch import Mapping, SourceTensor, map_checkpoint
 from edgekit.checkpoint import Checkpoint
 from edgekit.codecs import CODECS, Codec
-from edgekit.convert import gguf_metadata, require_free_name
+from edgekit.convert import gguf_metadata
 from edgekit.convert_options import Options, check_options
 from edgekit.convert_report import Report, tier_bytes
+from edgekit.disk import require_new_folder
 from edgekit.errors import UsageError
 from edgekit.onnx.export import decoder_in
 from edgekit.planner import resident_bytes
@@ -28,7 +29,7 @@ def preview(folder: Path, output: Path, options: Options) -> Report:
             "one of --prune and --dry-run out"
         )
     checkpoint = Checkpoint.open(folder)
-    require_free_name(output, options)
+    require_new_folder(output, options.force)
     mapping = map_checkpoint(checkpoint)
     source = sum(checkpoint.files.values())
     has_onnx = "onnx" in options.formats

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from edgekit.sizes import format_size
 
 # Of os.open: no link is followed, and Windows changes no line ends
 PLAIN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an `OSError` says then
 _seeking = threading.Lock()
 
 
@@ -33,15 +35,74 @@ def require_free(folder: Path, n_bytes: int, what: str) -> None:
         )
 
 
+def require_name(output: Path) -> None:
+    """Check that ``output`` has a name of its own, beside which hidden ones can stand.
+
+    Raises:
+        UsageError: It is the folder we are in, or one above.
+    """
+    if output.name in ("", ".."):
+        raise UsageError(f"{output} is no name for a new folder; choose another -o")
+
+
+def require_new_folder(output: Path, force: bool) -> None:
+    """Check that a folder may be made as ``output``, or replaced where force is on.
+
+    Raises:
+        UsageError: It exists and force is off, it is a link or a file, or has no name of its own.
+    """
+    require_name(output)
+    if output.is_symlink() or (output.exists() and not force):
+        raise UsageError(f"{output} exists; choose another -o, or replace it with --force")
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file, not a folder to replace; choose another -o")
+
+
 @contextmanager
 def disk_full_reported(what: str, hint: str) -> Iterator[None]:
     """Turn the operating system's "no space left" into `DiskFullError`."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in DISK_FULL:
             raise
         raise DiskFullError(f"{what}: the disk is full ({error.strerror}); {hint}") from error
+
+
+def temporary_folder() -> Path:
+    """Where temporary files take disk and no memory, if there is such a place."""
+    usual = Path(tempfile.gettempdir())
+    places = (place for place in (usual, Path("/var/tmp")) if os.access(place, os.W_OK))
+    return next((place for place in places if not _is_in_memory(place)), usual)
+
+
+def _is_in_memory(folder: Path) -> bool:
+    """Whether its file system is one that lies in memory; only Linux tells."""
+    device = folder.stat().st_dev
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        major, _, minor = before.split()[2].partition(":")
+        if os.makedev(int(major), int(minor)) == device:
+            return after.split()[0] in ("tmpfs", "ramfs")
+    return False
+
+
+def try_to_lock(descriptor: int) -> bool:
+    """Lock an open file until it is closed or its process ends; false where another one has it.
+
+    Also false where files cannot be locked (Windows, some network file systems).
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 @contextmanager

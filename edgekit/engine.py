@@ -10,6 +10,7 @@ not copied in memory either.
 """
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,10 +21,11 @@ from edgekit import cache
 from edgekit.artifact import Artifact
 from edgekit.assembly import Assembly
 from edgekit.devices.heap import keep_large_blocks_apart, return_free_memory
+from edgekit.disk import temporary_folder
 from edgekit.errors import EdgekitError, MemoryShortError
 from edgekit.expert_budget import Paged, expert_stacks
 from edgekit.footprint import decoders
-from edgekit.llama import Context, ExpertMemory, Model, State, open_model
+from edgekit.llama import Context, ExpertMemory, Model, open_model
 from edgekit.llama.context import default_threads
 from edgekit.materialize import materialize
 from edgekit.paging import Pager, PagerOptions
@@ -129,7 +131,7 @@ class Engine:
         except MemoryShortError:  # what was loaded before would not fit any more either
             self._free()
             raise
-        except (EdgekitError, MemoryError):
+        except Exception:
             self._free()
             if before is not None and was_loaded:
                 self._open(before)
@@ -142,6 +144,17 @@ class Engine:
         """Free everything but the conversation, which waits on disk for the next `load`."""
         self._save()
         self._free()
+
+    def save_file(self, path: Path) -> None:
+        """Write the conversation to ``path``, also a parked one.
+
+        Raises:
+            EdgekitError: It cannot be written.
+        """
+        if self._saved is not None:
+            self._saved.copy_to(path)
+        else:
+            self.context.save_file(path)
 
     def close(self) -> None:
         """Free everything; twice is once."""
@@ -225,7 +238,6 @@ class Engine:
             except BaseException:
                 store.close()
                 raise
-        memory.ready()
         readers = threads if isinstance(store, LevelStore) else READERS
         options = PagerOptions(
             paged.pool_bytes,
@@ -233,7 +245,13 @@ class Engine:
             prefetcher,
             self._artifact.manifest.architecture in ROUTES_EARLY,
         )
-        self._pager = Pager(memory, paged.n_experts, store, options)
+        try:
+            memory.ready()
+            self._pager = Pager(memory, paged.n_experts, store, options)
+        except BaseException:
+            model.close()
+            store.close()
+            raise
         return model
 
     def _prefetcher(self, paged: Paged) -> Prefetcher | None:
@@ -329,20 +347,22 @@ def _weights_of(plan: Plan) -> tuple[Depths, bool, Paged | None]:
 
 
 class _Saved:
-    """A conversation outside llama.cpp: on disk where it can be, else in memory."""
+    """A conversation outside llama.cpp: its tokens, and its cache on disk where it can be.
+
+    A copy in memory would come on top of what is planned.
+    """
 
     def __init__(self, context: Context, kv_type: str) -> None:
         self.tokens, self._kv_type = tuple(context.tokens), kv_type
         self._file: IO[bytes] | None = None
-        self._state: State | None = None
         if not self.tokens:
             return
         try:
-            self._file = tempfile.TemporaryFile(prefix="edgekit-state-")  # noqa: SIM115
+            folder = temporary_folder()
+            self._file = tempfile.TemporaryFile(prefix="edgekit-state-", dir=folder)  # noqa: SIM115
             context.save_file(_path_of(self._file))
         except (EdgekitError, OSError):  # no room on disk, or no way to name an unnamed file
             self._close_file()
-            self._state = context.save()
 
     def restore(self, context: Context, kv_type: str) -> None:
         """Fill a context.
@@ -352,22 +372,23 @@ class _Saved:
         """
         if not self.tokens:
             return
-        if kv_type == self._kv_type:
+        if kv_type == self._kv_type and self._file is not None:
             with contextlib.suppress(EdgekitError):  # the context is empty then
-                self._read_back(context)
+                context.restore_file(_path_of(self._file))
                 return
         context.decode(self.tokens, "none")
 
-    def _read_back(self, context: Context) -> None:
-        if self._state is not None:
-            context.restore(self._state)
-        else:
-            assert self._file is not None
-            context.restore_file(_path_of(self._file))
+    def copy_to(self, path: Path) -> None:
+        """Write the file once more, under a name."""
+        if self._file is None:
+            raise EdgekitError("the conversation is not on disk, and no depth of it is loaded")
+        try:
+            shutil.copyfile(_path_of(self._file), path)
+        except OSError as error:
+            raise EdgekitError(f"{path} cannot be written: {error.strerror}") from error
 
     def close(self) -> None:
         self._close_file()
-        self._state = None
 
     def _close_file(self) -> None:
         if self._file is not None:

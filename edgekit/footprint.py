@@ -186,15 +186,16 @@ def decoders(shape: Shape, memory: Memory, n_threads: int) -> int:
 def kv_bytes(shape: Shape, context: int, kv_type: str, batch: int = BATCHES[0]) -> int:
     """Bytes of the KV cache; layers with a window keep the window and one batch."""
     kind = kv_kind(shape, kv_type)
-    full = _cells(context)
-    window = min(full, _cells(shape.window + min(batch, context)))
+    full = padded_cells(context)
+    window = min(full, padded_cells(shape.window + min(batch, context)))
     return sum(
         (window if is_windowed else full) * (row_bytes(kind, k) + row_bytes(kind, v))
         for (k, v), is_windowed in zip(shape.kv_elements, shape.windowed, strict=True)
     )
 
 
-def _cells(tokens: int) -> int:
+def padded_cells(tokens: int) -> int:
+    """Positions that llama.cpp makes for a context of ``tokens``."""
     return -(-tokens // CELLS) * CELLS
 
 
@@ -230,8 +231,8 @@ def compute_bytes(shape: Shape, context: int, kv_type: str, batch: int) -> int:
     rows = tokens * row_bytes("Q8_0", -(-shape.longest_row // 32) * 32)
     for row in shape.measured.get("compute", ()):
         if (row["kv_type"], row["batch"]) == (kv_type, batch):
-            return rows + _interpolated(row["contexts"], row["bytes"], _cells(context))
-    return rows + 4 * (shape.vocab + tokens * shape.width) + 8 * _cells(context) * tokens
+            return rows + _interpolated(row["contexts"], row["bytes"], padded_cells(context))
+    return rows + 4 * (shape.vocab + tokens * shape.width) + 8 * padded_cells(context) * tokens
 
 
 def _interpolated(xs: Sequence[int], ys: Sequence[int], x: int) -> int:

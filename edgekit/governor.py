@@ -71,7 +71,8 @@ class Governor:
         Arguments are those of `decide`.
         """
         available = reading.free_bytes + total
-        return available - self.reserve(available) // 4
+        budget = available - self.reserve(available) // 4
+        return min(budget, self.home.budget) if self.home.is_cap else budget
 
     @property
     def calm_seconds(self) -> float:

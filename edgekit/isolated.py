@@ -34,7 +34,9 @@ class _Answer:
 
 
 class IsolatedSession:
-    """What `Session` offers, in a child process; made by `load_isolated`.
+    """`generate`, `resize`, `adapt` and `close` of a `Session`, in a child process.
+
+    Made by `load_isolated`.
 
     Attributes:
         plan: What is loaded, as of the last call.

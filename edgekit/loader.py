@@ -57,7 +57,8 @@ def load(
         progress: Told how far each load is.
         besides: Bytes that the caller will take besides the model, within the budget.
         runtime: ``llama``, or ``onnx``, which has its own cache in float32 and changes depth when
-            it is asked to only; ``None`` takes ``llama`` where the artifact has a GGUF.
+            it is asked to only, saves no conversation, and whose `generate` has no ``after``,
+            ``anew`` and ``check``; ``None`` takes ``llama`` where the artifact has a GGUF.
 
     Raises:
         DoesNotFitError: Not even the lowest depth fits.
@@ -104,6 +105,8 @@ def _with_onnx(
 def _with_llama(folder: Path, wish: Wish, settings: Settings) -> Iterator[Session]:
     if settings.residency not in RESIDENCIES:
         raise UnknownNameError("residency", settings.residency, RESIDENCIES)
+    if settings.prefetch != "off" and not wish.pager:
+        raise UsageError("nothing is prefetched where all experts stay; choose one of the two")
     if wish.repack and settings.residency == "mapped":
         raise UsageError("mapped weights cannot be repacked; choose one of the two")
     system_info()  # llama.cpp's libraries are part of what the process holds

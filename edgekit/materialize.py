@@ -5,10 +5,11 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from edgekit.artifact import Artifact
 from edgekit.assembly import Assembly
-from edgekit.disk import PLAIN, disk_full_reported, require_free
+from edgekit.disk import PLAIN, disk_full_reported, require_free, try_to_lock
 from edgekit.errors import UsageError
 from edgekit.planner import Depths
 
@@ -51,11 +52,12 @@ def materialize(
 
 def _write(assembly: Assembly, output: Path) -> None:
     """Write it under another name first."""
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    partial = output.with_name(f"{output.name}.partial-{uuid4().hex}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN
         with disk_full_reported(f"writing {output}", "make room and repeat"):
             descriptor = os.open(partial, flags, 0o644)
+            try_to_lock(descriptor)  # so that nobody takes it for abandoned
             try:
                 _write_synced(assembly, descriptor)
             finally:

@@ -77,10 +77,10 @@ def evaluate_path(
     words = read_text(text)
     with ExitStack() as stack:
         if not model.is_dir():
-            if tier is not None or budget is not None or runtime != "llama":
+            if tier is not None or budget is not None or runtime != "llama" or device != "cpu":
                 raise UsageError(
-                    f"{model} has one depth, for llama.cpp; --tier, --budget and --runtime are for "
-                    "artifacts"
+                    f"{model} has one depth, for llama.cpp on the CPU; --tier, --budget, --runtime "
+                    "and --device are for artifacts"
                 )
             if reference is None:
                 return perplexity(model, words, context=context)

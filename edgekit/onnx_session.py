@@ -1,14 +1,15 @@
 """A conversation with an artifact in ONNX Runtime, at the depth that its budget buys.
 
-What `edgekit.session.Session` offers for llama.cpp. Whole codes of a depth are composed into the
-cache once and mapped from there; where the cache has no room they are composed for this process
-alone. Depth changes when it is asked to; the tokens of the conversation are computed anew then.
+What `edgekit.session.Session` offers for llama.cpp, but for conversations that are saved, and for
+`generate`'s ``after``, ``anew`` and ``check``. Whole codes of a depth are composed into the cache
+once and mapped from there; where the cache has no room they are composed for this process alone.
+Depth changes when it is asked to; the tokens of the conversation are computed anew then.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,8 @@ class OnnxSession:
         """
         plan = self._planned(budget)
         if depth_of(plan) == depth_of(self.plan):
-            self.plan = replace(self.plan, budget_bytes=budget)
-            return self.plan
+            self.runner.n_batch, self.plan = plan.batch, plan
+            return plan
         before, started = self.plan.total_bytes, time.monotonic()
         old, tokens = self.runner, list(self.runner.tokens)
         try:

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from edgekit.catalog import Catalog, read_manifest
 from edgekit.checked import Checker, MismatchError
-from edgekit.disk import PLAIN, disk_full_reported, held_alone, require_free
+from edgekit.disk import PLAIN, disk_full_reported, held_alone, require_free, require_new_folder
 from edgekit.errors import EdgekitError, RefusedError, UsageError
 from edgekit.expert_plan import plan_any
 from edgekit.manifest import MANIFEST_NAME, Json, Manifest
@@ -196,12 +196,16 @@ def _plain(value: object) -> str | None:
 
 
 def _check_output(output: Path, wish: Wish) -> None:
+    if wish.grow and wish.force:
+        raise UsageError("--grow adds to what is here, --force replaces it; give one of them")
     if wish.grow:
         if not (output / MANIFEST_NAME).is_file():
             raise UsageError(f"{output} holds no artifact to grow; pull it without --grow")
-    elif output.is_symlink() or (output.exists() and not wish.force):
+    elif output.is_dir() and not output.is_symlink() and not wish.force:
         hint = "fetch more of it with --grow, or replace it with --force"
         raise UsageError(f"{output} exists; choose another -o, {hint}")
+    else:
+        require_new_folder(output, wish.force)
 
 
 def _check_names(manifest: Manifest) -> None:

@@ -9,7 +9,7 @@ import bisect
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from edgekit.cache import cache_folder, identity
@@ -24,9 +24,15 @@ Range = tuple[int, int]
 class Receipt:
     """Byte ranges of one file that were checked against their hashes; a missing one is empty."""
 
-    def __init__(self, file: Path, sha256: str) -> None:
-        """Read what was kept for ``file``, which the manifest says has this hash."""
-        self._identity: list[object] = [sha256, *identity(file)]
+    def __init__(self, file: Path, sha256: str, seen: Sequence[int] | None = None) -> None:
+        """Read what was kept for ``file``, which the manifest says has this hash.
+
+        Args:
+            file: By its path.
+            sha256: The manifest's.
+            seen: `identity` of the file that is open, where another may take its name meanwhile.
+        """
+        self._identity: list[object] = [sha256, *(seen or identity(file.stat()))]
         name = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:32]
         self._path = cache_folder() / "receipts" / f"{name}.json"
         self._ranges = _read(self._path, self._identity)

@@ -22,7 +22,7 @@ from edgekit.errors import (
     TooLongError,
 )
 from edgekit.expert_plan import plan_any
-from edgekit.footprint import PROCESS_BYTES
+from edgekit.footprint import PROCESS_BYTES, padded_cells
 from edgekit.governor import Governor, Home
 from edgekit.llama import (
     Context,
@@ -212,7 +212,7 @@ class Session:
             EdgekitError: Loading failed; the old depth is back.
         """
         plan = self._planned(budget)
-        if self._engine.n_tokens > plan.context:
+        if self._engine.n_tokens > padded_cells(plan.context):
             raise DoesNotFitError(
                 f"the conversation has {self._engine.n_tokens} tokens, a plan for this budget "
                 f"{plan.context}; give a larger context"
@@ -247,14 +247,17 @@ class Session:
                     f"of {self.artifact.folder} does not fit; close other programs"
                 )
             time.sleep(POLL_SECONDS)
+            while self._pending:
+                self._obey(*self._pending.popleft())
             self._follow(self._governor, read_pressure(), need)
 
     def _obey(self, budget: int, told: Told | None) -> None:
-        error = None
+        error: EdgekitError | None = None
         try:
             self.resize(budget)
-        except EdgekitError as why:
-            error = why
+        except Exception as why:  # whoever asked waits for an answer
+            text = f"{type(why).__name__}: {why}"
+            error = why if isinstance(why, EdgekitError) else EdgekitError(text)
             self._settings.progress.note(f"the old depth stays: {why}")
         if told is not None:
             told(error)
@@ -271,7 +274,7 @@ class Session:
         """
         partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
         try:
-            self.context.save_file(partial)
+            self._engine.save_file(partial)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -112,22 +112,12 @@ class Spool:
         """Make tensor ``index`` done once `data_path` is whole and on disk."""
         write_atomically(self._record_path(index), json.dumps(asdict(record)).encode())
 
-    @contextmanager
-    def writing(self, index: int) -> Iterator[BinaryIO]:
+    def writing(self, index: int) -> AbstractContextManager[BinaryIO]:
         """A file that becomes that of tensor ``index``, whole and on disk, when the block ends.
 
         Two workers may write the same tensor, where one is taken for lost: the later one wins.
         """
-        path = self.data_path(index)
-        partial = path.with_name(f"{path.name}.{uuid4().hex}")
-        try:
-            with partial.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        return replacing(self.data_path(index))
 
     def pieces(self, index: int, record: TensorRecord, level: int, expert: int) -> Iterator[bytes]:
         """The chunks of one level of one expert, in order."""
@@ -144,9 +134,19 @@ class Spool:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a small file so that it is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.{uuid4().hex}")
-    with partial.open("wb") as file:
+    with replacing(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that becomes ``path``, whole and on disk, when the block ends without an error."""
+    partial = path.with_name(f"{path.name}.{uuid4().hex}")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -31,8 +31,11 @@ def verify_path(folder: Path) -> Verification:
     n_files = len(manifest.onnx.files)
     if manifest.has_gguf and not (folder / FOLDER).exists():  # not pulled
         return Verification(found.checked, found.missing + n_files, found.problems)
-    problems = tuple(OnnxArtifact(folder, manifest, manifest.onnx).problems())
-    return Verification(found.checked + n_files, found.missing, found.problems + problems)
+    onnx = OnnxArtifact(folder, manifest, manifest.onnx)
+    problems, n_missing = tuple(onnx.problems()), len(onnx.missing)
+    return Verification(
+        found.checked + n_files - n_missing, found.missing + n_missing, found.problems + problems
+    )
 
 
 def _tokenizer_problems(manifest: Manifest, folder: Path) -> Iterator[str]:

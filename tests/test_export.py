@@ -150,8 +150,10 @@ def test_a_dry_run_tells_the_bytes_of_both_formats(made, tmp_path):
     found = {}
     for name, formats in FORMATS.items():
         words = ("convert", str(made / "checkpoint"), "-o", str(tmp_path / "x"), "--dry-run")
-        body = json_of(*words, "--tiers", ",".join(TIERS), "--format", ",".join(formats),
-                       "--no-calibration", "--block-size", "32")  # fmt: skip
+        words += ("--format", ",".join(formats), "--no-calibration")
+        words += ("--tiers", ",".join(TIERS)) if "gguf" in formats else ()
+        words += ("--block-size", "32") if "onnx" in formats else ()
+        body = json_of(*words)
         found[name] = body["artifact_bytes"]
     assert found["both"] == found["gguf"] + found["onnx"]
     weights = sum(row["bytes"] for row in json_of("inspect", str(made / "onnx"))["onnx"]["depths"])

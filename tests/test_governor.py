@@ -52,6 +52,13 @@ def test_it_falls_before_memory_is_gone_and_leaves_twice_the_reserve() -> None:
     assert machine.total < 1000 * MIB
 
 
+def test_the_last_resort_of_a_capped_budget_is_not_above_it() -> None:
+    for is_cap in (True, False):
+        machine = Machine(1050 * MIB, 1000 * MIB, is_cap=is_cap)
+        budget = machine.governor.last_resort(Reading(50 * MIB), 1000 * MIB)
+        assert (budget <= 1000 * MIB) == is_cap
+
+
 def test_it_ends_where_it_began_and_the_number_of_changes_is_bounded() -> None:
     """Ten steps down to a third and ten up: at most one fall per step, few rises."""
     machine = Machine(1300 * MIB, 1000 * MIB)

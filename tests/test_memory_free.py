@@ -24,11 +24,11 @@ def write(folder: Path, **files: object) -> None:
 
 def v2(
     folder: Path, limit: object, use: int, inactive: int = 0, active: int = 0, mapped: int = 0,
-    shmem: int = 0,
+    shmem: int = 0, high: object = "max",
 ) -> None:  # fmt: skip
     stat = f"anon 1\nfile 2\nfile_mapped {mapped}\nactive_file {active}\ninactive_file {inactive}"
     stat += f"\nshmem {shmem}"
-    write(folder, memory_max=limit, memory_current=use, memory_stat=stat)
+    write(folder, memory_max=limit, memory_high=high, memory_current=use, memory_stat=stat)
 
 
 def v1(
@@ -59,6 +59,13 @@ def test_room_is_limit_less_use_and_cache_that_nobody_maps_is_free(tmp_path: Pat
         # a model in memory is mapped too, and hides no cache that can be had back
         make(group, 10 * MIB, 7 * MIB, *(n * MIB for n in (inactive, active, mapped + 3, 3)))
         assert found(tmp_path, lines) == (free * MIB, f"control group {group}")
+
+
+def test_behind_memory_high_a_group_is_slowed_down(tmp_path: Path) -> None:
+    group = tmp_path / "cgroup" / "a"
+    for limit in (50 * MIB, "max"):
+        v2(group, limit, MIB, high=20 * MIB)
+        assert found(tmp_path, "0::/a\n") == (19 * MIB, f"control group {group}")
 
 
 @pytest.mark.parametrize("make", [v1, v2])

@@ -158,6 +158,18 @@ def test_a_conversation_goes_on_after_a_change_of_depth(artifact):
         assert session.runner.tokens == fresh and depth_of(session.plan) == 2
 
 
+def test_a_budget_of_the_same_depth_changes_the_batch(artifact):
+    """What fits is what is planned, also where no other depth is loaded."""
+    part = described(artifact)[1]
+    small = plan_depth(part, 8, 128, BATCHES[-1]).total_bytes
+    with load_onnx(artifact, 1 << 40, 128, OnnxSettings(1, genai=False)) as session:
+        plan = session.resize(small)
+        assert depth_of(plan) == 8 and plan.total_bytes <= small == plan.budget_bytes
+        assert session.runner.n_batch == plan.batch == BATCHES[-1] and session.plan is plan
+        assert session.resize(1 << 40).batch == session.runner.n_batch > BATCHES[-1]
+        assert session.changes == []
+
+
 def test_a_depth_that_cannot_be_loaded_leaves_the_old_one(artifact, tmp_path):
     """Its data file is damaged: refused, and the conversation goes on at the old depth."""
     copy = Path(shutil.copytree(artifact, tmp_path / "copy"))

@@ -178,6 +178,12 @@ def test_files_of_deeper_depths_may_be_missing(artifact):
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["plan"]["depth"] == 4
+    result = CliRunner().invoke(main, ["plan", str(artifact), "--budget", "1GiB", "--json"])
+    assert json.loads(result.stdout)["depth"] == 4
+    result = CliRunner().invoke(main, ["verify", str(artifact), "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["missing"] == 2
+    (artifact / "onnx/depth4.bin").write_bytes(b"")
+    assert CliRunner().invoke(main, ["verify", str(artifact)]).exit_code == 5
 
 
 VOUCHED = {  # content that a hostile manifest vouches for

@@ -10,6 +10,7 @@ import pytest
 from converted import tiny
 
 import edgekit.pruning.prune as module
+from edgekit.errors import UsageError
 from edgekit.pruning.prune import Options, prune
 
 N_KILLS = 3
@@ -58,6 +59,15 @@ def test_a_stopped_pruning_does_no_layer_again(
     assert seen == [0, 1, 1]
     assert contents(tmp_path / "out") == contents(whole)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_another_pruning_is_not_resumed_where_one_is_complete(
+    checkpoint: Path, whole: Path
+) -> None:
+    assert prune(checkpoint, whole, Options(**ASKED, resume=True)).path
+    for other in ({"ratio": 0.4}, {"metric": "flap"}, {"tunes": False}):
+        with pytest.raises(UsageError, match="other options"):
+            prune(checkpoint, whole, Options(**(ASKED | other), resume=True))
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(

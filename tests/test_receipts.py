@@ -81,6 +81,28 @@ def test_a_copy_is_another_file(artifact: Path, tmp_path: Path, hashed: list) ->
     assert len(hashed) == 2 * n
 
 
+def test_a_file_that_takes_the_name_while_the_artifact_is_opened_is_hashed(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (base,) = artifact.glob("*.gguf")
+    check = artifact_module.Artifact._check_base
+
+    def swaps(self: artifact_module.Artifact) -> object:
+        header = check(self)
+        data = bytearray(base.read_bytes())
+        data[-40] ^= 1
+        other = base.with_suffix(".other")
+        other.write_bytes(data)
+        other.replace(base)
+        return header
+
+    with monkeypatch.context() as patched:
+        patched.setattr(artifact_module.Artifact, "_check_base", swaps)
+        read_all(artifact, "Q4_K")  # of the file that was there first
+    with pytest.raises(RefusedError, match="is corrupt"):
+        read_all(artifact, "Q4_K")
+
+
 def test_another_manifest_for_the_same_file_is_not_vouched_for(tmp_path: Path, artifact) -> None:
     file = tmp_path / "file"
     file.write_bytes(bytes(1000))

@@ -151,6 +151,15 @@ def test_another_conversion_is_not_resumed(run, unmeasured, home):
     assert unmeasured.ends_the_same(folder)
 
 
+def test_another_conversion_is_not_resumed_where_one_is_complete(run, unmeasured, home):
+    folder = home / "complete"
+    undisturbed(run, folder, UNMEASURED)
+    answer = run(folder, *UNMEASURED, "--resume")
+    assert answer["code"] == 0 and "complete; nothing to resume" in answer["stderr"]
+    answer = run(folder, *[word.replace("Q8_0", "Q5_0") for word in UNMEASURED], "--resume")
+    assert answer["code"] == 2 and "other options" in answer["stderr"]
+
+
 def test_killed_while_it_replaces_an_artifact_the_old_or_the_new_one_comes_back(run, home):
     command = [*UNMEASURED, "--force"]
     new = undisturbed(run, home / "forced", command)

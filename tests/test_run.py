@@ -121,8 +121,28 @@ def test_a_killed_parent_leaves_no_child(artifact: str) -> None:
 def test_a_termination_reaches_the_child(artifact: str) -> None:
     with running(artifact, "--budget", "1GiB", "-p", "a", *ENDLESS) as process:
         process.terminate()
-        process.communicate(timeout=20)
-        assert process.returncode == 1
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 1 and err.splitlines()[-1] == "Error: stopped"
+
+
+def test_a_signal_for_another_budget_while_it_loads_ends_nothing(artifact: str) -> None:
+    command = [*EDGEKIT, "run", artifact, "--budget", "1GiB", "-p", "a", "-n", "3"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not psutil.Process(process.pid).children():
+            assert process.poll() is None
+        for _ in range(20):  # imports alone take longer
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(0.005)
+        process.communicate()
+    assert process.returncode == 0
+
+
+def test_a_prompt_that_is_no_text_is_refused_before_anything_is_loaded(artifact: str) -> None:
+    done = subprocess.run(
+        [*EDGEKIT, "run", artifact, "-p", "-"], input=b"caf\xe9", capture_output=True
+    )
+    assert done.returncode == 5
+    assert done.stderr == b"Error: the prompt on stdin is not UTF-8 (byte 3); convert it first\n"
 
 
 def test_signals_halve_the_budget_and_bring_it_back(artifact: str) -> None:

@@ -1,9 +1,12 @@
 """Changes of depth in the middle of a conversation: bit for bit, back on failure, nothing left."""
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from converted import tiny, weighted
+from converted import plain, tiny, weighted
 
 import edgekit
 from edgekit import cache
@@ -20,6 +23,7 @@ from edgekit.assembly import Assembly
 from edgekit.devices.pressure import Reading
 from edgekit.errors import DoesNotFitError, EdgekitError, RefusedError, UnknownNameError, UsageError
 from edgekit.llama import Context, Sampling
+from edgekit.llama.binding import binding
 from edgekit.plan import plan_budget
 from edgekit.session import Session
 
@@ -130,25 +134,39 @@ def test_what_does_not_fit_leaves_the_old_depth(session: Session) -> None:
     assert text(session) == words
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RefusedError("level Q2_K of a tensor is corrupt"),
+        OSError(errno.EROFS, "Read-only file system"),
+        RuntimeError("can't start new thread"),
+        MemoryError(),
+    ],
+)
 def test_when_loading_fails_the_old_depth_and_the_conversation_come_back(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+    session: Session, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     session.context.decode(session.model.tokenize("The quick brown fox"))
     tokens, before, least = list(session.context.tokens), session.plan, lowest(session)
-    opened = iter([True, False])
+    opened = iter([True, False] * 2)
 
     class Broken(Assembly):
         def write_to(self, descriptor: int, report: Callable[[int], None]) -> None:
-            raise RefusedError("level Q2_K of a tensor is corrupt")
+            raise error
 
     def first_broken(*args: Any) -> Assembly:
         return (Broken if next(opened) else Assembly)(*args)
 
     monkeypatch.setattr("edgekit.engine.Assembly", first_broken)
-    with pytest.raises(RefusedError, match="is corrupt"):
+    with pytest.raises(type(error)):
         session.resize(least)
     assert session.plan == before
     assert session.context.tokens == tokens
+    told = list[EdgekitError | None]()
+    session.request(least, told.append)
+    session.adapt()
+    assert len(told) == 1 and str(error)[:10] in str(told[0])
+    assert session.plan == before and session.context.tokens == tokens
     assert len(text(session, 5, "The quick brown fox jumps")) > 0
 
 
@@ -196,6 +214,80 @@ def test_context_that_was_given_up_comes_back_when_a_prompt_needs_it(
         assert len(generation.ids) == 20
         assert session.changes[-1].reason == "context"
         assert budget is not None and session.plan.total_bytes <= budget
+
+
+def test_at_the_smallest_budget_pressure_plans_nothing_above_it(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with edgekit.load(artifact, budget=ROOMY, context=512, follow=False) as session:
+        budget = lowest(session) + MIB
+    with edgekit.load(artifact, budget=budget, context=512) as session:
+        for free in (1, 5, 20, 100):
+            session.adapt(reading=Reading(free * MIB), need=10)
+            assert session.is_given_up or session.plan.total_bytes <= budget
+
+
+def test_a_context_that_llama_cpp_makes_larger_is_used_and_resized(artifact: Path) -> None:
+    with edgekit.load(artifact, budget=ROOMY, context=300, follow=False) as session:
+        session.context.decode([5] * 400, "none")
+        session.resize(lowest(session))
+        assert len(session.context.tokens) == 400
+
+
+def test_without_room_on_disk_a_conversation_is_computed_anew_and_not_copied(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = session.model.tokenize("The quick brown fox jumps over the lazy dog.")
+    session.context.decode(ids)
+    copied = list[Context]()
+
+    def no_room(**_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("edgekit.engine.tempfile.TemporaryFile", no_room)
+    monkeypatch.setattr(Context, "save", copied.append)
+    session.resize(lowest(session))
+    assert session.context.tokens == ids and not copied
+
+
+def test_a_window_that_moved_on_is_computed_anew(tmp_path: Path) -> None:
+    """llama.cpp drops the end of a conversation also where its beginning is lost."""
+    checkpoint = tiny(tmp_path / "c", "gemma3_text", width="wide", max_position_embeddings=2048)
+    made = plain(checkpoint, tmp_path / "a", ("Q8_0",)).artifact
+    random = np.random.default_rng(0)
+    start, long, end = (random.integers(3, 300, n).tolist() for n in (100, 800, 20))
+    with edgekit.load(made, budget=ROOMY, context=1024, follow=False) as session:
+        context = session.context
+        context.decode(start, "none")
+        want = context.decode(end)
+        context.truncate(len(start))  # the window still has it
+        np.testing.assert_allclose(context.decode(end), want, rtol=0, atol=1e-3)
+        context.clear()
+        context.decode(start + long, "none")
+        with pytest.raises(EdgekitError, match="cannot go back to 100 tokens"):
+            context.truncate(len(start))
+        rest = session._rewind(start + end)
+        np.testing.assert_allclose(context.decode(rest), want, rtol=0, atol=0.2)  # was 3 off
+
+
+def test_an_interrupt_leaves_no_token_in_the_cache_that_is_not_told(session: Session) -> None:
+    lib, context = binding(), session.context
+    ids = session.model.tokenize("The quick brown fox jumps over the lazy dog. " * 10)[:200]
+    interrupted = 0
+    for i in range(40):
+        context.clear()
+        words = (threading.main_thread().ident, signal.SIGINT)
+        timer = threading.Timer(0.0005 * (i % 8), signal.pthread_kill, words)
+        try:
+            timer.start()
+            context.decode(ids, "none")
+            time.sleep(0.05)
+        except KeyboardInterrupt:
+            interrupted += len(context.tokens) < len(ids)
+        timer.join()
+        n_held = lib.llama_memory_seq_pos_max(lib.llama_get_memory(context.handle), 0) + 1
+        assert n_held == len(context.tokens)
+    assert interrupted
 
 
 def test_a_state_that_cannot_be_read_back_is_computed_anew(
@@ -251,17 +343,23 @@ def test_memory_that_goes_while_a_depth_loads_ends_the_load(
         assert next(looks).free_bytes == 4 << 30  # the shortage was seen
 
 
-def test_memory_that_never_comes_back_ends_with_one_line(
-    artifact: Path, monkeypatch: pytest.MonkeyPatch
+def test_memory_that_never_comes_back_ends_with_one_line_and_the_conversation_can_be_kept(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("edgekit.session.PATIENCE_SECONDS", 0.2)
     with edgekit.load(artifact, budget=ROOMY, context=512) as session:
         monkeypatch.setattr("edgekit.governor.Governor.reserve", lambda self, n: 4 * n)
         read(monkeypatch, lambda: Reading(0))
+        session.context.decode(session.model.tokenize("what was said stays"))
+        tokens = session.context.tokens
         assert not session.is_given_up
         with pytest.raises(DoesNotFitError, match=r"memory did not come back in 0 s"):
             session.adapt(reading=Reading(0))
         assert session.is_given_up
+        session.save(tmp_path / "state")
+    with edgekit.load(artifact, budget=ROOMY, context=512, follow=False) as session:
+        session.restore(tmp_path / "state")
+        assert session.context.tokens == tokens
 
 
 def test_messages_reuse_what_the_context_has(artifact: Path, session: Session) -> None:

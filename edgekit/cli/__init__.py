@@ -23,7 +23,8 @@ from edgekit.cli.pull import pull
 from edgekit.cli.run import run
 from edgekit.cli.serve import serve
 from edgekit.cli.trace import trace
-from edgekit.errors import EdgekitError
+from edgekit.disk import DISK_FULL
+from edgekit.errors import DiskFullError, DoesNotFitError, EdgekitError
 
 
 class _Group(click.Group):
@@ -68,7 +69,16 @@ class _Group(click.Group):
             ctx.exit(1)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
+        except MemoryError:
+            _fail(
+                "memory ran out; close other programs, or ask for less", DoesNotFitError.exit_code
+            )
         except OSError as error:
+            if error.errno in DISK_FULL:
+                _fail(
+                    f"the disk is full ({error.strerror}); make room and repeat",
+                    DiskFullError.exit_code,
+                )
             place = f"{error.filename}: " if error.filename else ""
             _fail(f"{place}{error.strerror or error}; check the path and its permissions", 1)
         except Exception as error:

@@ -77,12 +77,16 @@ if TYPE_CHECKING:
 @click.option(
     "--calibration",
     type=options.FILE,
-    help="Text to calibrate on; default: a text that ships with edgekit.",
+    help="Text to calibrate on, its first 4 MiB; default: a text that ships with edgekit.",
 )
 @click.option(
     "--imatrix", type=options.FILE, help="Use this importance matrix (llama-imatrix or edgekit)."
 )
-@click.option("--no-calibration", is_flag=True, help="Use no statistics at all.")
+@click.option(
+    "--no-calibration",
+    is_flag=True,
+    help="Quantize without statistics; --prune calibrates all the same.",
+)
 @click.option(
     "--save-imatrix",
     type=options.NEW_PATH,
@@ -147,11 +151,21 @@ def convert(
     from edgekit.convert import convert
     from edgekit.convert_options import Options
     from edgekit.convert_preview import preview
+    from edgekit.materialize import check_output
 
     if sum((calibration is not None, imatrix is not None, no_calibration)) > 1:
         raise UsageError(
             "--calibration, --imatrix and --no-calibration exclude each other; give one"
         )
+    if "gguf" not in formats and (tiers or codec != "nested" or load_order != "kl"):
+        raise UsageError(
+            "--tiers, --codec and --load-order are for llama.cpp; leave them out, or add gguf to "
+            "--format"
+        )
+    if block_size != "64" and "onnx" not in formats:
+        raise UsageError("--block-size is of ONNX codes; leave it out, or add onnx to --format")
+    if save_imatrix is not None and not resume:
+        check_output(save_imatrix, force)
     chosen = Options(
         tiers=tuple(tiers.replace(" ", "").split(",")) if tiers else CODECS[codec].tiers,
         codec=codec,

@@ -22,6 +22,8 @@ def devices(ctx: click.Context, as_json: bool, verbose: bool) -> None:
         edgekit devices --json
     """
     if ctx.invoked_subcommand is not None:
+        if as_json:
+            raise UsageError("--json stands before probe; give it behind")
         return
     from edgekit.devices.profile import device_names, find_device
 

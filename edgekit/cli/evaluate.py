@@ -16,7 +16,12 @@ from edgekit.errors import UsageError
 @options.tier
 @click.option("--budget", type=options.Size(), help="Evaluate the plan for this budget.")
 @click.option("--reference", type=options.ANY_PATH, help="GGUF or checkpoint to compare with.")
-@click.option("--text", type=options.FILE, required=True, help="Text that was not calibrated on.")
+@click.option(
+    "--text",
+    type=options.FILE,
+    required=True,
+    help="Text that was not calibrated on; its first 4 MiB count.",
+)
 @click.option(
     "--runtime",
     type=click.Choice(["llama", "torch", "onnx"]),  # RUNTIMES of edgekit.measure, and onnx

@@ -65,6 +65,8 @@ def materialize(
         edgekit materialize llama-edge --budget 900MiB -o phone.gguf
         edgekit materialize llama-edge --format onnx --depth 4 -o phone-q4
     """
+    if budget is None and (context is not None or kv_type != "f16"):
+        raise UsageError("--context and --kv-type are for --budget; leave them out")
     if file_format == "onnx":
         if depth is None or tier is not None or target_size is not None or budget is not None:
             raise UsageError("--format onnx takes one choice: --depth 2, 4 or 8")
@@ -88,8 +90,9 @@ def _write_onnx(
     artifact: Path, depth: int, output: Path, force: bool, dry_run: bool
 ) -> "OnnxMaterialized":
     from edgekit.onnx.artifact import open_onnx
-    from edgekit.onnx.materialize import materialize_onnx, preview
+    from edgekit.onnx.materialize import check_output, materialize_onnx, preview
 
+    check_output(output, force)
     opened = open_onnx(artifact, depth)
     if dry_run:
         return preview(opened, depth, output)
@@ -108,11 +111,12 @@ def _write_gguf(
     dry_run: bool,
 ) -> "Materialized":
     from edgekit.artifact import open_artifact
-    from edgekit.materialize import materialize, preview
+    from edgekit.materialize import check_output, materialize, preview
     from edgekit.plan import plan_budget, plan_tier, plan_weights
 
     if sum(choice is not None for choice in (tier, budget, target_size)) != 1:
         raise UsageError("say what to write: give one of --tier, --budget or --target-size")
+    check_output(output, force)
     with open_artifact(artifact, remember=True) as opened:
         if tier is not None:
             chosen = plan_tier(opened, tier)

@@ -97,11 +97,15 @@ def _refuse_llamas(**given: bool) -> None:
 
 
 def _onnx_plan(artifact: Path, budget: int, context: int | None) -> dict[str, Any]:
-    from edgekit.onnx.artifact import described
+    from edgekit.exporters.onnx_store import DEPTHS
+    from edgekit.onnx.artifact import OnnxArtifact, described
     from edgekit.onnx.plan import onnx_plan_json, plan_onnx
+    from edgekit.onnx_part import FOLDER
 
-    _, part = described(artifact)
-    return onnx_plan_json(part, plan_onnx(part, budget, context))
+    manifest, part = described(artifact)
+    is_here = (artifact / FOLDER).exists()  # else only the manifest is: all depths can be had
+    depths = OnnxArtifact(artifact, manifest, part).depths if is_here else DEPTHS
+    return onnx_plan_json(part, plan_onnx(part, budget, context, depths=depths))
 
 
 def _llama_plan(

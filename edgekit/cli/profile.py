@@ -1,6 +1,6 @@
 """``edgekit profile``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,6 +66,7 @@ def profile(
         raise UsageError("give -o FILE for the page, or --json for the data")
     if output is not None:
         _check(output, force)
+    render = _renderer() if output is not None else None
     devices = _devices(names)
     with progress_bars() as progress:
         body = profile(
@@ -76,8 +77,8 @@ def profile(
             peers=read_peers(peers) if peers is not None else (),
             measured=_measurer(progress) if measure else None,
         ).as_json()
-    if output is not None:
-        _write(output, body)
+    if output is not None and render is not None:
+        _write(output, render(body))
     if as_json:
         print_json(body)
 
@@ -101,15 +102,19 @@ def _measurer(progress: "Progress") -> "Measurer":
     return partial(measured, progress=progress)
 
 
-def _write(output: Path, body: "Json") -> None:
+def _renderer() -> "Callable[[Json], str]":
     try:
         from edgekit.report import render
     except ImportError as error:
         raise EdgekitError(
             f"the page needs {error.name}; pip install edgekit[report], or take --json"
         ) from error
+    return render
+
+
+def _write(output: Path, text: str) -> None:
     from edgekit.spool import write_atomically
 
-    page = render(body).encode()
+    page = text.encode()
     write_atomically(output, page)
     note(f"{output}: {format_size(len(page))}, everything in it")

@@ -9,13 +9,14 @@ import click
 
 from edgekit.cli import options
 from edgekit.cli.console import note, print_json, print_table, progress_bars
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, UsageError
 from edgekit.progress import Progress
 from edgekit.sizes import format_size
 
 if TYPE_CHECKING:
     from edgekit.pruning.prune import Options, Report
 
+REPAIRED = "Q2_K"  # the tier that loses most
 METRICS = ("condition", "leverage", "magnitude", "wanda", "flap", "taylor")
 
 
@@ -40,7 +41,7 @@ METRICS = ("condition", "leverage", "magnitude", "wanda", "flap", "taylor")
 @click.option(
     "--calibration",
     type=options.FILE,
-    help="Text to calibrate on; default: a text that ships with edgekit.",
+    help="Text to calibrate on, its first 4 MiB; default: a text that ships with edgekit.",
 )
 @click.option(
     "--tokens", type=click.IntRange(min=256), default=8192, show_default=True, help="Of the text."
@@ -72,7 +73,7 @@ METRICS = ("condition", "leverage", "magnitude", "wanda", "flap", "taylor")
     type=click.IntRange(min=1),
     help="Also write a llama.cpp adapter of this rank that repairs --repair-tier.",
 )
-@click.option("--repair-tier", default="Q2_K", show_default=True, help="ggml type to repair.")
+@click.option("--repair-tier", default=REPAIRED, show_default=True, help="ggml type to repair.")
 @click.option("--resume", is_flag=True, help="Go on with the same pruning where it was stopped.")
 @options.force
 @options.dry_run
@@ -105,6 +106,10 @@ def prune(
         edgekit prune ./Llama-3.2-1B -o llama-small --ratio 0.2
         edgekit prune ./Llama-3.2-1B -o llama-small --ratio 0.2 --metric flap --no-tuning
     """
+    if repair_rank is None and repair_tier != REPAIRED:
+        raise UsageError("--repair-tier is of an adapter; give its rank with --repair-rank")
+    if seed and not search:
+        raise UsageError("--seed is of a search; give its generations with --search")
     try:
         from edgekit.pruning.prune import Options, preview, prune_and_repair
     except ImportError as error:

@@ -1,5 +1,6 @@
 """``edgekit run``."""
 
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from edgekit.cli import options
 from edgekit.cli.console import note, print_json, progress_bars
 from edgekit.cli.loading import Loading, loaded, loading_options
 from edgekit.cli.supervise import supervised
-from edgekit.errors import UsageError
+from edgekit.errors import EdgekitError, RefusedError, UsageError
 
 if TYPE_CHECKING:
     from edgekit.llama import Generation
@@ -84,6 +85,9 @@ def run(
         raise UsageError("--state keeps the conversation of one prompt; give it with -p")
     if as_json and prompt is None:
         raise UsageError("--json answers one prompt; give it with -p")
+    if state is not None and not state.absolute().parent.is_dir():
+        raise UsageError(f"{state.parent} is no folder; make it first, or give another --state")
+    text = _from_stdin() if prompt == "-" else prompt
     child = supervised()
     from edgekit.cli.chat import Chat
     from edgekit.llama import Sampling
@@ -96,10 +100,9 @@ def run(
         progress_bars() as progress,
         loaded(artifact, loading, child, progress, runtime=runtime) as session,
     ):
-        if prompt is None:
+        if text is None:
             Chat(session, n_tokens, sampling, raw, stop).run()
             return
-        text = sys.stdin.read() if prompt == "-" else prompt
         with _kept(session, state) as more:
             generation = session.generate(text, n_tokens, sampling, chat=not raw, stop=stop, **more)
             pieces = list(_shown(generation, as_json))
@@ -109,6 +112,15 @@ def run(
             print_json(_report(session, generation, "".join(pieces)))
         else:
             _tell_times(generation)
+
+
+def _from_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise RefusedError(
+            f"the prompt on stdin is not UTF-8 (byte {error.start}); convert it first"
+        ) from error
 
 
 @contextmanager
@@ -126,8 +138,11 @@ def _kept(session: "Session", state: Path | None) -> Iterator[dict[str, Any]]:
         session.restore(state)
     try:
         yield {"after": is_old}
-    finally:
-        session.save(state)
+    except BaseException:
+        with contextlib.suppress(EdgekitError):  # the first error is the one to tell
+            session.save(state)
+        raise
+    session.save(state)
 
 
 def _take_last(session: "Session", generation: "Generation") -> None:

@@ -5,12 +5,12 @@ parent holds next to nothing: the fork happens before anything large is imported
 pages. Where the system cannot fork, the command simply runs.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import click
@@ -18,7 +18,9 @@ import click
 from edgekit.errors import DoesNotFitError, EdgekitError
 from edgekit.sizes import format_size
 
-FORWARDED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+WISHES = ("SIGUSR1", "SIGUSR2")  # for other budgets
+FORWARDED = ("SIGTERM", "SIGHUP", *WISHES)
+ENDS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))  # asked for
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -42,6 +44,8 @@ def supervised() -> Supervised:
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
+    for name in WISHES:  # nothing is loaded yet whose budget they could change
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     pid = os.fork()
     if pid == 0:
         os.close(reader)
@@ -71,7 +75,11 @@ def _die_with(parent: int) -> None:
 
 def _wait(pid: int) -> int:
     """The child's wait status; signals meant for it are passed on."""
-    forward: Callable[[int, object], None] = lambda number, _: os.kill(pid, number)  # noqa: E731
+
+    def forward(number: int, frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it ended a moment ago
+            os.kill(pid, number)
+
     for name in FORWARDED:
         signal.signal(getattr(signal, name), forward)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the child as well
@@ -88,7 +96,7 @@ def _finish(status: int, told: tuple[int, int] | None) -> None:
     if not os.WIFSIGNALED(status):
         raise click.exceptions.Exit(os.waitstatus_to_exitcode(status))
     number = os.WTERMSIG(status)
-    if number == signal.SIGINT:
+    if number in ENDS:
         raise click.Abort
     if number != signal.SIGKILL:
         name = signal.Signals(number).name

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", type=options.ANY_PATH)
-@click.option("--text", type=options.FILE, help="UTF-8 text; default: one that ships with edgekit.")
+@click.option(
+    "--text",
+    type=options.FILE,
+    help="UTF-8 text, of which the first 4 MiB count; default: one that ships with edgekit.",
+)
 @click.option("-o", "--output", type=options.NEW_PATH, required=True, help="File of the trace.")
 @click.option(
     "--chunks",
@@ -83,6 +87,8 @@ def _traced(
         checkpoint = Checkpoint.open(model)
         return trace_checkpoint(checkpoint, text, max_chunks=chunks, progress=progress)
     if not is_artifact and not _is_gguf(model):
+        if text is not None:
+            raise UsageError(f"{model} is replayed as a trace, as it is; leave --text out")
         note(f"{model}: replayed as a trace")
         return read_trace(model)
     if not is_artifact:

@@ -139,13 +139,26 @@ class Context:
         """
         if not 0 <= n_tokens <= len(self.tokens):
             raise UsageError(f"cannot keep {n_tokens} of {len(self.tokens)} tokens")
-        memory = binding().llama_get_memory(self.handle)
-        if not binding().llama_memory_seq_rm(memory, 0, n_tokens, -1):
+        if not self._cut(n_tokens):
             raise EdgekitError(
                 f"the cache of this model cannot go back to {n_tokens} tokens; "
                 f"clear it and decode again"
             )
         del self.tokens[n_tokens:]
+
+    def _cut(self, n_tokens: int) -> bool:
+        """Drop what the cache holds behind ``n_tokens``; false where it cannot go back so far.
+
+        A window has moved on then: what comes next would not find what it attends to. llama.cpp
+        itself does not look at that.
+        """
+        lib, memory = binding(), binding().llama_get_memory(self.handle)
+        window = int(lib.llama_model_n_swa(self.model.handle))
+        oldest = int(lib.llama_memory_seq_pos_min(memory, 0))
+        n_held = int(lib.llama_memory_seq_pos_max(memory, 0)) + 1
+        if window and n_held > n_tokens and oldest > max(0, n_tokens - window):
+            return False
+        return bool(lib.llama_memory_seq_rm(memory, 0, n_tokens, -1))
 
     def decode(
         self, tokens: Sequence[int], logits: Literal["none", "last", "all"] | Sequence[int] = "last"
@@ -199,11 +212,16 @@ class Context:
         batch.token = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
         LOG.clear()
-        status = lib.llama_decode(self.handle, batch)
-        self._raise_heard()
-        if status != 0:
-            raise EdgekitError(f"llama.cpp failed to decode ({status}): {LOG.reason()}")
-        self.tokens += [int(token) for token in tokens]
+        try:
+            status = lib.llama_decode(self.handle, batch)
+            self._raise_heard()
+            if status != 0:
+                raise EdgekitError(f"llama.cpp failed to decode ({status}): {LOG.reason()}")
+            self.tokens += [int(token) for token in tokens]
+        except BaseException:  # an interrupt comes when llama.cpp is done with the batch
+            if not self._cut(len(self.tokens)):
+                self.clear()
+            raise
         n, n_vocab = int(wanted.sum()), self.model.vocab.n_tokens
         if not n:
             return np.empty((0, n_vocab), np.float32)
@@ -213,12 +231,10 @@ class Context:
         return np.ctypeslib.as_array(flat).reshape(n, n_vocab)
 
     def _raise_heard(self) -> None:
-        """Raise what the listener ended the graph for; the batch's tokens are forgotten."""
+        """Raise what the listener ended the graph for."""
         error = self._listener.error if self._listener is not None else None
         if error is not None and self._listener is not None:
             self._listener.error = None
-            memory = binding().llama_get_memory(self.handle)
-            binding().llama_memory_seq_rm(memory, 0, len(self.tokens), -1)
             raise error
 
     def save(self) -> State:

@@ -4,6 +4,7 @@ Its pages are anonymous memory to the kernel: they count against the process's g
 there, are swapped and not dropped, and go when the last map of them does, also after a kill.
 """
 
+import contextlib
 import mmap
 import os
 from pathlib import Path
@@ -36,8 +37,11 @@ class UnnamedFile:
         """Give the memory of the first ``n_bytes`` back, but for a page that they share."""
         n_whole = n_bytes // mmap.PAGESIZE * mmap.PAGESIZE
         if n_whole:
-            with mmap.mmap(self.descriptor, self._n_bytes) as mapped:
-                mapped.madvise(mmap.MADV_REMOVE, 0, n_whole)
+            with (
+                contextlib.suppress(OSError),  # some kernels cannot, and some limits forbid it
+                mmap.mmap(self.descriptor, n_whole) as mapped,
+            ):
+                mapped.madvise(mmap.MADV_REMOVE)
 
 
 def unnamed_file(n_bytes: int) -> UnnamedFile | None:

@@ -98,15 +98,23 @@ class OnnxArtifact:
             self._check_file(record, remember)
         self._check_graphs(needed)
 
+    @property
+    def missing(self) -> tuple[FileRecord, ...]:
+        """Files of deeper depths that are not here; the depths below run without them."""
+        deeper = {name(d) for d in DEPTHS[1:] for name in (data_name, graph_name)}
+        absent = (r for r in self.part.files if not (self.files / r.name).exists())
+        return tuple(record for record in absent if record.name in deeper)
+
     def problems(self) -> Iterator[str]:
-        """What is wrong with any file, one line each."""
-        for record in self.part.files:
+        """What is wrong with any file that is here, or should be, one line each."""
+        here = [record for record in self.part.files if record not in self.missing]
+        for record in here:
             try:
                 self._check_file(record, remember=False)
             except RefusedError as error:
                 yield str(error)
         try:
-            self._check_graphs(self.part.files)
+            self._check_graphs(here)
         except RefusedError as error:
             yield str(error)
 

@@ -67,7 +67,7 @@ def _place(artifact: OnnxArtifact, depth: int) -> Path:
 
 def _identities(folder: Path) -> dict[str, list[int]]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != STAMP]
-    return {path.relative_to(folder).as_posix(): identity(path) for path in files}
+    return {path.relative_to(folder).as_posix(): identity(path.stat()) for path in files}
 
 
 def _is_sound(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.disk import disk_full_reported, folder_bytes, require_free
+from edgekit.disk import disk_full_reported, folder_bytes, require_free, require_new_folder
 from edgekit.errors import RefusedError, UsageError
 from edgekit.exporters.onnx_blocks import composed
 from edgekit.exporters.onnx_configs import (
@@ -59,10 +59,7 @@ def materialize_onnx(
         DiskFullError: There is not enough room.
     """
     started = time.monotonic()
-    if output.is_symlink() or (output.exists() and not force):
-        raise UsageError(f"{output} exists; choose another -o, or replace it with --force")
-    if not output.absolute().parent.is_dir():
-        raise UsageError(f"{output.parent} is no folder; make it first, or choose another -o")
+    check_output(output, force)
     require_free(output.parent, whole_bytes(artifact, depth), f"writing {output}")
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
@@ -73,6 +70,17 @@ def materialize_onnx(
         shutil.rmtree(partial, ignore_errors=True)
     seconds = round(time.monotonic() - started, 3)
     return OnnxMaterialized(str(output), folder_bytes(output), seconds, tiers(artifact, depth))
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Check that the folder ``output`` may be made.
+
+    Raises:
+        UsageError: It exists and force is off, it is a file or a link, or its folder is missing.
+    """
+    require_new_folder(output, force)
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"{output.parent} is no folder; make it first, or choose another -o")
 
 
 def preview(artifact: OnnxArtifact, depth: int, output: Path) -> OnnxMaterialized:

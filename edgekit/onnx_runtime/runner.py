@@ -24,11 +24,13 @@ class Runner(Protocol):
     Attributes:
         tokens: In the cache.
         n_ctx: Most tokens of it.
+        n_batch: Tokens of a prompt computed at once; may be changed.
         model: genai's model, which renders chat templates; None without genai.
     """
 
     tokens: list[int]
     n_ctx: int
+    n_batch: int
     model: Any
 
     def decode(self, ids: Sequence[int]) -> F32Array:

@@ -76,7 +76,7 @@ class LevelStore:
         self._artifact, self._depths = artifact, depths
         self._base = OpenFile(artifact.folder / manifest.base.name)
         self._levels: OpenFile | None = None
-        if manifest.levels.n_bytes:
+        if artifact.levels_bytes:
             self._levels = OpenFile(artifact.folder / manifest.levels.name)
         self._codec = CODECS[artifact.manifest.codec]
         self._checked: set[tuple[bool, Part]] = set()

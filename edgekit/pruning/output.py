@@ -23,7 +23,8 @@ from edgekit.spool import write_atomically
 Json = dict[str, Any]
 
 COPIED = (".json", ".model", ".jinja", ".txt")  # tokenizer files and what else goes along
-REPLACED = {"config.json", INDEX, SINGLE, "pruning.json"}
+PROVENANCE = "pruning.json"  # what was done, and the measured loss
+REPLACED = {"config.json", INDEX, SINGLE, PROVENANCE}
 ROWS = 1 << 12  # of the embedding at a time, some MiB
 MAX_CARD_BYTES = 1 << 22
 
@@ -100,7 +101,7 @@ def write_rest(
     index = {"metadata": {"total_size": size}, "weight_map": where}
     card = _model_card(checkpoint, provenance)
     write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())
-    write_atomically(folder / "pruning.json", json.dumps(provenance, indent=1).encode())
+    write_atomically(folder / PROVENANCE, json.dumps(provenance, indent=1).encode())
     write_atomically(folder / "README.md", card.encode())
     write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())
 

@@ -18,7 +18,7 @@ from edgekit import __version__
 from edgekit.arch import Mapping, map_checkpoint
 from edgekit.checkpoint import Checkpoint
 from edgekit.devices.heap import keep_large_blocks_apart
-from edgekit.disk import disk_full_reported, require_free
+from edgekit.disk import disk_full_reported, require_free, require_name, require_new_folder
 from edgekit.errors import UnsupportedError, UsageError
 from edgekit.kernels.ggml import ggml_type
 from edgekit.progress import Progress, Silent
@@ -37,7 +37,14 @@ from edgekit.pruning.cut import (
 from edgekit.pruning.layers import Ids, Layers
 from edgekit.pruning.metrics import get_metric
 from edgekit.pruning.moments import require_memory
-from edgekit.pruning.output import layer_entries, outer_entries, shard_name, write_rest, write_shard
+from edgekit.pruning.output import (
+    PROVENANCE,
+    layer_entries,
+    outer_entries,
+    shard_name,
+    write_rest,
+    write_shard,
+)
 from edgekit.pruning.repair import repair
 from edgekit.pruning.search import Probe
 from edgekit.pruning.stages import Recipe
@@ -127,12 +134,13 @@ def prune(
         DoesNotFitError: Not enough memory for one layer. DiskFullError: not enough room.
     """
     started = time.monotonic()
+    require_name(output)
     spool = Spool(output.with_name(f".{output.name}.partial"))
     if options.resume and output.exists() and spool.is_published(output.name):
+        _require_made_by(output, folder, options)
         spool.remove()
         return _report_of(output)
-    if output.is_symlink() or (output.exists() and not options.force):
-        raise UsageError(f"{output} exists; choose another -o, or replace it with --force")
+    require_new_folder(output, options.force)
     keep_large_blocks_apart()
     checkpoint = Checkpoint.open(folder)
     job = _Pruning(checkpoint, output, spool, options, progress or Silent(), started)
@@ -160,8 +168,7 @@ def prune_and_repair(
 
 def preview(folder: Path, output: Path, options: Options) -> list[Json]:
     """The combinations that `prune` would choose from; reads no weights."""
-    if output.is_symlink() or (output.exists() and not options.force):
-        raise UsageError(f"{output} exists; choose another -o, or replace it with --force")
+    require_new_folder(output, options.force)
     mapping = map_checkpoint(Checkpoint.open(folder))
     return [
         {"kept": kept(mapping, cut), "ratio": ratio_of(mapping, cut)}
@@ -173,8 +180,24 @@ def _candidates(mapping: Mapping, options: Options) -> list[Cut]:
     return candidates(mapping, options.ratio, options.multiple, options.n_removed)
 
 
+def _require_made_by(output: Path, folder: Path, options: Options) -> None:
+    """Check that the finished ``output`` is what is asked for.
+
+    Raises:
+        UsageError: It is no pruning of this checkpoint, or was made with other options.
+    """
+    path = output / PROVENANCE
+    body = json.loads(path.read_text()) if path.is_file() else {"source": {}}
+    made = [body["source"].get("name"), *map(body.get, ("ratio_asked", "metric", "tunes"))]
+    if made != [folder.resolve().name, options.ratio, options.metric, options.tunes]:
+        raise UsageError(
+            f"{output} is complete and was made from another checkpoint or with other options; "
+            "choose another -o, or replace it with --force"
+        )
+
+
 def _report_of(output: Path) -> Report:
-    body = json.loads((output / "pruning.json").read_text())
+    body = json.loads((output / PROVENANCE).read_text())
     return Report(**{key: body[key] for key in Report.__dataclass_fields__ if key in body})
 
 

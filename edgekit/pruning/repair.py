@@ -13,7 +13,6 @@ A pruned layer needs no adapter of its own: after tuning its error is orthogonal
 a linear map of them can give nothing back. What an adapter repairs is the tier it is stored in.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from edgekit.kernels.ggml import dequantize, ggml_type, quantize, type_for
 from edgekit.progress import Progress, Silent
 from edgekit.pruning.moments import layer_moments
 from edgekit.pruning.texts import batches, tokens
+from edgekit.spool import replacing
 
 Tensor = Any
 F32Array = npt.NDArray[np.float32]
@@ -137,13 +137,8 @@ def write_adapter(path: Path, mapping: Mapping, factors: dict[str, F32Array], ra
     }
     infos = [TensorInfo(name, "F16", values.shape) for name, values in factors.items()]
     data = ([np.ascontiguousarray(values, np.float16)] for values in factors.values())
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        n_bytes = write_gguf(file, metadata, infos, data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    return n_bytes
+    with replacing(path) as file:
+        return write_gguf(file, metadata, infos, data)
 
 
 def _factors(
