@@ -95,7 +95,7 @@ def measured(catalog: Catalog, plans: Sequence[Plan], progress: Progress) -> Jso
 
 
 def _attempt(catalog: Catalog, plan: Plan, other: int | None, probed: probe.Measured) -> Attempt:
-    now = probe.timed_again(probed, _kinds(catalog, plan))
+    now = probe.timed_again(probed, _kinds(catalog, plan), plan.weights_bytes)
     budget = plan.budget_bytes or plan.total_bytes
     trial = try_budget(catalog.folder, budget, other, plan.context, plan.kv_type)
     return attempt_of(catalog, plan, trial, probe.described("now", now))

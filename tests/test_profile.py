@@ -197,7 +197,7 @@ def test_every_budget_is_tried_in_rounds_right_behind_a_probe_of_its_types(artif
     told = list[Any]()
     plans = [plan_budget(catalog, n, 512) for n in (1 << 28, 1 << 29, 1 << 30)]
 
-    def timed_again(before: object, kinds: list[str]) -> object:
+    def timed_again(before: object, kinds: list[str], _n_bytes: int) -> object:
         told.append(kinds)
         return before
 
