@@ -13,9 +13,9 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -93,31 +93,25 @@ class Measured:
     timings: Mapping[ProbeShape, Timing]
 
 
-def shapes() -> tuple[ProbeShape, ...]:
-    """Every model that is timed, once."""
-    small = [small_shape(kind, 4, ffn) for kind in TYPES for ffn in (256, 1024)]
-    large = dict.fromkeys(shape(kind) for kind in TYPES for shape in (large_shape, deep_shape))
+def shapes(kinds: Collection[str] = TYPES) -> tuple[ProbeShape, ...]:
+    """Every model that is timed, once; of ``kinds``, and the two of `COMMON`."""
+    small = [small_shape(kind, 4, ffn) for kind in kinds for ffn in (256, 1024)]
+    large = dict.fromkeys(shape(kind) for kind in kinds for shape in (large_shape, deep_shape))
     return (DEEP, SHALLOW, *small, *large)
 
 
-def probe(
-    folder: Path,
-    name: str,
-    progress: Progress,
-    n_threads: int | None = None,
-    n_rounds: int = N_ROUNDS,
-    then: Callable[[], None] | None = None,
-) -> Device:
-    """Measure this machine; takes about a minute, and 128 MiB of disk for a while.
+def probe(folder: Path, name: str, progress: Progress, n_threads: int | None = None) -> Device:
+    """Measure this machine: `described` of `measured`."""
+    return described(name, measured(folder, progress, n_threads))
+
+
+def measured(folder: Path, progress: Progress, n_threads: int | None = None) -> Measured:
+    """Time everything; takes two minutes, and 128 MiB of disk for a while.
 
     Args:
         folder: Where the storage is that artifacts will lie on.
-        name: Of the device, and of its file.
         progress: Told every step.
         n_threads: That decode; ``None`` takes the physical cores.
-        n_rounds: Over all models.
-        then: Called after each round over all models, for measurements that are to have the same
-            moments of the machine.
 
     Raises:
         DiskFullError: There is no room for the file.
@@ -129,19 +123,28 @@ def probe(
     storage = _storage_bytes_per_s(folder)
     progress.advance(1)
     rounds = defaultdict[ProbeShape, list[Timing]](list)
-    for _ in range(n_rounds):
+    for _ in range(N_ROUNDS):
         progress.start("probe", len(shapes()))
         for shape in shapes():
             rounds[shape].append(_time(shape, threads))
             progress.advance(1)
-        if then is not None:
-            then()
     timings = {shape: least_disturbed(of_shape) for shape, of_shape in rounds.items()}
-    return described(name, Measured(threads, memory, storage, timings))
+    return Measured(threads, memory, storage, timings)
+
+
+def timed_again(before: Measured, kinds: Collection[str], model_bytes: int) -> Measured:
+    """With what predicts a model of ``kinds`` as it is now: memory's speed changes by the minute.
+
+    Large models are left out where one of ``model_bytes`` stays in the caches.
+    """
+    is_small = model_bytes <= _cache_bytes()
+    chosen = (s for s in shapes(kinds) if s.width < WIDTH or not is_small)
+    now = {shape: _time(shape, before.threads) for shape in chosen}
+    return replace(before, timings={**before.timings, **now})
 
 
 def least_disturbed(rounds: Sequence[Timing]) -> Timing:
-    """Of one model the least of every time, as of the trials that the profile predicts."""
+    """Of one model the least of every time."""
     return Timing(*map(min, zip(*map(astuple, rounds), strict=True)))
 
 

@@ -10,7 +10,7 @@ from edgekit.manifest import MANIFEST_NAME, dumps
 from edgekit.plan import least_bytes, plan_budget
 from edgekit.profile import profile
 from edgekit.trial import Trial
-from edgekit.trials import checks
+from edgekit.trials import attempt_of, checks
 
 HOSTILE = "<script>alert(1)</script>&\"'"
 CURVES = [
@@ -66,7 +66,8 @@ def full_body(artifact: Path) -> Any:
     catalog = open_catalog(artifact)
     plans = [plan_budget(catalog, least_bytes(catalog, 512) << i, 512) for i in range(3)]
     trials = [trial(plan.budget_bytes or 0, 500.0 - 100 * i) for i, plan in enumerate(plans)]
-    found = checks(catalog, plans, trials, devices[0])
+    rows = zip(plans, trials, strict=True)
+    found = checks([attempt_of(catalog, plan, trial, devices[0]) for plan, trial in rows])
     told = {"device": {}, "n_prompt": 256, "n_tokens": 48, "checks": [vars_of(c) for c in found]}
     made = profile(artifact, devices, context=512, peers=PEERS, measured=lambda *_: told)
     return replace(made, experts=EXPERTS).as_json()

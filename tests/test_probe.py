@@ -24,6 +24,7 @@ from edgekit.probe import (
     probe,
     shapes,
     small_shape,
+    timed_again,
 )
 from edgekit.probe_model import ProbeModel, ProbeShape
 from edgekit.progress import Silent
@@ -120,6 +121,18 @@ def test_noise_larger_than_what_is_measured_leaves_every_figure_above_zero(tmp_p
 def test_of_two_rounds_the_less_disturbed_counts():
     rounds = [Timing(1.0, 5.0, 3.0, 7.0), Timing(2.0, 4.0, 3.5, 6.0)]
     assert least_disturbed(rounds) == Timing(1.0, 4.0, 3.0, 6.0)
+
+
+@pytest.mark.parametrize("n_bytes", [1, 1 << 40])
+def test_what_is_timed_again_takes_the_place_of_what_was(monkeypatch, n_bytes):
+    """Large models only for a model that does not stay in the caches."""
+    measured, _ = made_up(5e-5, 2e-5, 4e-6)
+    monkeypatch.setattr("edgekit.probe._time", lambda *_: Timing(1.0, 2.0, 3.0, 4.0))
+    timings = timed_again(measured, ["BF16"], n_bytes).timings
+    changed = {shape for shape, timing in timings.items() if timing.token == 1.0}
+    assert changed >= {DEEP, SHALLOW, small_shape("BF16", 4, 256), small_shape("BF16", 4, 1024)}
+    assert ({large_shape("BF16"), deep_shape("BF16")} <= changed) == (n_bytes > 1)
+    assert timings.keys() == measured.timings.keys() and len(changed) == (4 if n_bytes == 1 else 6)
 
 
 def test_large_models_do_not_fit_caches_and_small_ones_differ_in_weights_alone():

@@ -22,7 +22,7 @@ from edgekit.profile import profile, read_peers
 from edgekit.progress import Silent
 from edgekit.report import render
 from edgekit.trial import Trial
-from edgekit.trials import N_ROUNDS, _seconds, checks, least_disturbed, measured
+from edgekit.trials import N_ROUNDS, Attempt, attempt_of, checks, measured, typical
 
 
 @pytest.fixture(scope="module")
@@ -154,60 +154,70 @@ def test_a_prediction_takes_one_factor_from_the_other_budgets_and_nothing_from_i
     catalog, device = open_catalog(artifact), find_device("pixel-8")
     rows = profile(artifact, [], context=512).budgets[::4]
     plans = [plan_budget(catalog, row.budget_bytes, 512) for row in rows]
-    seconds = [_seconds(catalog, plan, device) for plan in plans]
-    trials = [
+    plain = [attempt_of(catalog, plan, trial(1000, 1.0), device) for plan in plans]
+    attempts = [
         replace(
-            trial(plan.budget_bytes or 0, 1.0),
-            decode_tokens_per_s=1 / (1.5 * token),
-            prompt_tokens_per_s=1 / (0.8 * prompt),
+            a,
+            trial=replace(
+                a.trial,
+                decode_tokens_per_s=1 / (1.5 * a.token),
+                prompt_tokens_per_s=1 / (0.8 * a.prompt),
+            ),
         )
-        for plan, (token, prompt) in zip(plans, seconds, strict=True)
+        for a in plain
     ]
-    rates = [t.decode_tokens_per_s for t in trials]
-    trials[1] = replace(trials[1], decode_tokens_per_s=7.0)  # disturbed
-    found = checks(catalog, plans, trials, device)
+    rates = [a.trial.decode_tokens_per_s for a in attempts]
+    disturbed = replace(attempts[1].trial, decode_tokens_per_s=7.0)
+    attempts[1] = replace(attempts[1], trial=disturbed)
+    found = checks(attempts)
     assert [c.decode_tokens_per_s for c in found] == pytest.approx(rates)
     assert [c.prompt_tokens_per_s for c in found] == pytest.approx(
-        [t.prompt_tokens_per_s for t in trials]
+        [a.trial.prompt_tokens_per_s for a in attempts]
     )
-    alone = checks(catalog, plans[:1], trials[:1], device)  # nothing to take a factor from
-    assert alone[0].decode_tokens_per_s == pytest.approx(1 / seconds[0][0])
+    alone = checks(attempts[:1])  # nothing to take a factor from
+    assert alone[0].decode_tokens_per_s == pytest.approx(1 / plain[0].token)
 
 
-def test_of_two_rounds_the_less_disturbed_counts():
-    slow, fast = trial(1000, 50.0), replace(trial(1000, 60.0), load_seconds=0.4, peak_bytes=900)
-    best = least_disturbed([slow, fast])
-    assert (best.decode_tokens_per_s, best.load_seconds) == (60.0, 0.4)
-    assert (best.peak_bytes, best.budget_bytes) == (991, 1000)
+def test_of_all_rounds_those_with_the_median_ratios_count():
+    """A slow machine is slow in both; one that changed in between is left out."""
+    speeds = ((50.0, 0.02, 0.5), (25.0, 0.05, 0.4), (99.0, 0.04, 0.3))
+    rounds = [
+        Attempt(replace(trial(1000, rate), load_seconds=load, peak_bytes=int(rate)), token, 0.01)
+        for rate, token, load in speeds
+    ]
+    found = typical(rounds)
+    assert (found.trial.decode_tokens_per_s, found.token) == (25.0, 0.05)
+    assert found.prompt == 0.01 and found.trial.prompt_tokens_per_s == 100.0
+    assert (found.trial.load_seconds, found.trial.peak_bytes) == (0.3, 99)
 
 
-def test_every_budget_is_tried_behind_each_round_of_the_probe(artifact, monkeypatch):
-    """The best of all rounds counts; the first one changes depths."""
+def test_every_budget_is_tried_in_rounds_right_behind_a_probe_of_its_types(artifact, monkeypatch):
+    """The first round changes depths."""
     catalog, device = open_catalog(artifact), find_device("pixel-8")
-    tried = list[tuple[int, int | None]]()
+    told = list[Any]()
     plans = [plan_budget(catalog, n, 512) for n in (1 << 28, 1 << 29, 1 << 30)]
 
-    def probe(*_: Any, then: Any, n_rounds: int) -> Any:
-        for _round in range(n_rounds):
-            then()
-        return device
+    def timed_again(before: object, kinds: list[str], _n_bytes: int) -> object:
+        told.append(kinds)
+        return before
 
     def try_budget(_folder: Path, budget: int, other: int | None, *_: Any) -> Trial:
-        tried.append((budget, other))
-        speed, resize = float(len(tried)), 0.1 if other else math.inf
-        return Trial(budget, budget, 990, 1 / speed, 100.0, speed, other or 0, resize, resize)
+        told.append((budget, other))
+        resize = 0.1 if other else math.inf
+        return Trial(budget, budget, 990, 1.0, 100.0, 50.0, other or 0, resize, resize)
 
-    monkeypatch.setattr("edgekit.trials.probe", probe)
+    monkeypatch.setattr("edgekit.probe.measured", lambda *_: None)
+    monkeypatch.setattr("edgekit.probe.timed_again", timed_again)
+    monkeypatch.setattr("edgekit.probe.described", lambda *_: device)
     monkeypatch.setattr("edgekit.trials.try_budget", try_budget)
-    checks = measured(catalog, plans, Silent())["checks"]
-    budgets = [1 << 28, 1 << 29, 1 << 30]
-    others = [1 << 30, 1 << 28, 1 << 29]
-    assert tried[:3] == list(zip(budgets, others, strict=True))
-    assert tried[3:] == (N_ROUNDS - 1) * [(budget, None) for budget in budgets]
-    best = [c["trial"] for c in checks]
-    last = 3.0 * N_ROUNDS
-    assert [t["decode_tokens_per_s"] for t in best] == [last - 2, last - 1, last]
-    assert [(t["resize_bytes"], t["return_seconds"]) for t in best] == [(o, 0.1) for o in others]
+    trials = [c["trial"] for c in measured(catalog, plans, Silent())["checks"]]
+    budgets, others = [1 << 28, 1 << 29, 1 << 30], [1 << 30, 1 << 28, 1 << 29]
+    assert told[1::2][:3] == list(zip(budgets, others, strict=True))
+    assert told[1::2][3:] == (N_ROUNDS - 1) * [(budget, None) for budget in budgets]
+    for plan, kinds in zip(plans, told[::2], strict=False):
+        types = {s.type_at(plan.depths.tier(s.name)) for s in catalog.stacks if len(s.shape) > 1}
+        assert set(kinds) == types
+    assert [(t["resize_bytes"], t["return_seconds"]) for t in trials] == [(o, 0.1) for o in others]
 
 
 # The command
