@@ -3,10 +3,10 @@
     python tests/bench/bench_run.py [ARTIFACT] [--tier Q4_K] [--pairs 5]
 
 Each run is a process of its own, in turns, every other round the other way round, page cache warm,
-hashes checked before. Load: from the call to the first token, imports aside. Stock: llama.cpp's C API on the GGUF that `materialize`
-writes, copied into memory (no-mmap) or mapped; edgekit: decoded into memory, or mapped from the
-cache. Same context, batch, threads and kernels. Prompt and decode speeds are those of the same
-runs, the prompt's the median of three. Prints a JSON line last.
+hashes checked before. Load: from the call to the first token, imports aside. Stock: llama.cpp's C
+API on the GGUF that `materialize` writes, copied into memory (no-mmap) or mapped; edgekit: decoded
+into memory, or mapped from the cache. Same context, batch, threads and kernels. Prompt and decode
+speeds are those of the same runs, the prompt's the median of three. Prints a JSON line last.
 """
 
 import argparse
