@@ -70,8 +70,13 @@ def disk_full_reported(what: str, hint: str) -> Iterator[None]:
 
 
 def temporary_folder() -> Path:
-    """Where temporary files take disk and no memory, if there is such a place."""
+    """Where temporary files take disk and no memory, if there is such a place.
+
+    Where ``$TMPDIR`` is set, it is that place.
+    """
     usual = Path(tempfile.gettempdir())
+    if os.environ.get("TMPDIR"):
+        return usual
     places = (place for place in (usual, Path("/var/tmp")) if os.access(place, os.W_OK))
     return next((place for place in places if not _is_in_memory(place)), usual)
 

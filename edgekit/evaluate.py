@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from edgekit.arch import map_checkpoint
 from edgekit.checkpoint import Checkpoint
-from edgekit.disk import disk_full_reported, require_free
+from edgekit.disk import disk_full_reported, require_free, temporary_folder
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.llama import Context, Model, VirtualFile, open_model
 from edgekit.text import token_chunks, vocabulary
@@ -90,9 +90,9 @@ class Reference:
         self.text, self.context, self.n_tokens = text, context, n_tokens
         self.sequences, self.n_vocab = sequences, n_vocab
         shape = (len(sequences.targets), n_vocab)
-        folder = Path(tempfile.gettempdir())
+        folder = temporary_folder()
         require_free(folder, 4 * shape[0] * shape[1], "comparing with the reference's logits")
-        self._file = tempfile.TemporaryFile(prefix="edgekit-logits-")  # noqa: SIM115  closed by close
+        self._file = tempfile.TemporaryFile(prefix="edgekit-logits-", dir=folder)  # noqa: SIM115
         self._file.truncate(4 * shape[0] * shape[1])
         self.logits: Any = np.memmap(self._file, np.float32, "r+", shape=shape)
         self.ppl = float("nan")

@@ -1,13 +1,16 @@
 """The cache of materialized models: whole files only, the oldest goes, the stale is made anew."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from edgekit import cache
-from edgekit.disk import try_to_lock
+from edgekit.disk import temporary_folder, try_to_lock
 from edgekit.errors import EdgekitError, UsageError
+
+HERE = Path(__file__).parent  # on disk
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +97,15 @@ def test_a_folder_that_cannot_be_made_is_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("EDGEKIT_CACHE", "/proc/nowhere")
     with pytest.raises(EdgekitError, match=r"cache /proc/nowhere/models cannot be used .*anon$"):
         cache.make_room(1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of file systems in memory")
+def test_temporary_files_are_not_kept_in_memory_but_where_the_user_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TMPDIR", raising=False)
+    for usual, want in ((HERE, HERE), (Path("/dev/shm"), Path("/var/tmp"))):
+        monkeypatch.setattr("edgekit.disk.tempfile.gettempdir", lambda usual=usual: str(usual))
+        assert temporary_folder() == want
+    monkeypatch.setenv("TMPDIR", "/dev/shm")
+    assert temporary_folder() == Path("/dev/shm")

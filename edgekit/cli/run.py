@@ -139,7 +139,7 @@ def _kept(session: "Session", state: Path | None) -> Iterator[dict[str, Any]]:
     try:
         yield {"after": is_old}
     except BaseException:
-        with contextlib.suppress(EdgekitError):  # the first error is the one to tell
+        with contextlib.suppress(EdgekitError, OSError):  # the first error is the one to tell
             session.save(state)
         raise
     session.save(state)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgekit.cache import cache_folder, identity, limit_bytes
-from edgekit.disk import folder_bytes, require_free
+from edgekit.disk import folder_bytes, require_free, temporary_folder
 from edgekit.errors import DiskFullError
 from edgekit.onnx.artifact import OnnxArtifact
 from edgekit.onnx.materialize import is_newest, whole_bytes, write_folder
@@ -52,7 +52,7 @@ def model_folder(artifact: OnnxArtifact, depth: int) -> Iterator[Path]:
     if folder is not None:
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="edgekit-onnx-") as place:
+    with tempfile.TemporaryDirectory(prefix="edgekit-onnx-", dir=temporary_folder()) as place:
         folder = Path(place) / "model"
         require_free(folder, whole_bytes(artifact, depth), "composing the codes of a depth")
         write_folder(artifact, depth, folder, for_here=True)
