@@ -9,19 +9,15 @@ the new one and reads the conversation back: never are two depths in memory, and
 not copied in memory either.
 """
 
-import contextlib
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from edgekit import cache
 from edgekit.artifact import Artifact
 from edgekit.assembly import Assembly
 from edgekit.devices.heap import keep_large_blocks_apart, return_free_memory
-from edgekit.disk import temporary_folder
 from edgekit.errors import EdgekitError, MemoryShortError
 from edgekit.expert_budget import Paged, expert_stacks
 from edgekit.footprint import decoders
@@ -35,6 +31,7 @@ from edgekit.paging.store import ExpertStore, FileStore, LevelStore
 from edgekit.plan import Plan, shape_in
 from edgekit.planner import Depths
 from edgekit.progress import Progress, Silent
+from edgekit.saved import Saved
 
 DROP_BYTES = 32 << 20  # of zeros that stand for experts, between two times they are dropped
 Watch = Callable[[int], None]
@@ -75,7 +72,7 @@ class Engine:
         self._artifact, self._settings = artifact, settings
         self._model: Model | None = None
         self._context: Context | None = None
-        self._saved: _Saved | None = None
+        self._saved: Saved | None = None
         self._pager: Pager | None = None
         self.plan: Plan | None = None
 
@@ -164,7 +161,7 @@ class Engine:
     def _save(self) -> None:
         if self._context is not None and self.plan is not None:
             self._forget()
-            self._saved = _Saved(self._context, self.plan.kv_type)
+            self._saved = Saved(self._context, self.plan.kv_type)
 
     def _resume(self) -> None:
         if self._saved is not None:
@@ -344,58 +341,3 @@ class _Watched:
 def _weights_of(plan: Plan) -> tuple[Depths, bool, Paged | None]:
     """What makes two plans differ in what is loaded, contexts aside."""
     return plan.depths, plan.repack, plan.paged
-
-
-class _Saved:
-    """A conversation outside llama.cpp: its tokens, and its cache on disk where it can be.
-
-    A copy in memory would come on top of what is planned.
-    """
-
-    def __init__(self, context: Context, kv_type: str) -> None:
-        self.tokens, self._kv_type = tuple(context.tokens), kv_type
-        self._file: IO[bytes] | None = None
-        if not self.tokens:
-            return
-        try:
-            folder = temporary_folder()
-            self._file = tempfile.TemporaryFile(prefix="edgekit-state-", dir=folder)  # noqa: SIM115
-            context.save_file(_path_of(self._file))
-        except (EdgekitError, OSError):  # no room on disk, or no way to name an unnamed file
-            self._close_file()
-
-    def restore(self, context: Context, kv_type: str) -> None:
-        """Fill a context.
-
-        One with another type of cache computes the conversation anew, and so does one that cannot
-        read it back.
-        """
-        if not self.tokens:
-            return
-        if kv_type == self._kv_type and self._file is not None:
-            with contextlib.suppress(EdgekitError):  # the context is empty then
-                context.restore_file(_path_of(self._file))
-                return
-        context.decode(self.tokens, "none")
-
-    def copy_to(self, path: Path) -> None:
-        """Write the file once more, under a name."""
-        if self._file is None:
-            raise EdgekitError("the conversation is not on disk, and no depth of it is loaded")
-        try:
-            shutil.copyfile(_path_of(self._file), path)
-        except OSError as error:
-            raise EdgekitError(f"{path} cannot be written: {error.strerror}") from error
-
-    def close(self) -> None:
-        self._close_file()
-
-    def _close_file(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def _path_of(file: IO[bytes]) -> Path:
-    """A path to an open file that has no name of its own any more: a kill leaves nothing behind."""
-    return Path(f"/dev/fd/{file.fileno()}")

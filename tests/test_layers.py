@@ -33,6 +33,7 @@ LAYERS = (
         "prompt",
         "provenance",
         "remote",
+        "saved",
         "text",
     },
     {"calibration", "catalog", "fisher", "footprint", "workers"},

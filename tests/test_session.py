@@ -244,7 +244,7 @@ def test_without_room_on_disk_a_conversation_is_computed_anew_and_not_copied(
     def no_room(**_: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("edgekit.engine.tempfile.TemporaryFile", no_room)
+    monkeypatch.setattr("edgekit.saved.tempfile.TemporaryFile", no_room)
     monkeypatch.setattr(Context, "save", copied.append)
     session.resize(lowest(session))
     assert session.context.tokens == ids and not copied

@@ -13,16 +13,16 @@ _FOLDER = Path("/proc/self/fd")
 
 
 class UnnamedFile:
-    """A file of ``n_bytes`` zeros that takes memory where it is written; a context manager.
+    """A file of zeros that takes memory where it is written; a context manager.
 
     Attributes:
         descriptor: Of the open file.
         path: By which this process can open it while it is open here.
     """
 
-    def __init__(self, descriptor: int, n_bytes: int) -> None:
+    def __init__(self, descriptor: int) -> None:
         """Own an open file; `unnamed_file` makes one."""
-        self.descriptor, self._n_bytes = descriptor, n_bytes
+        self.descriptor = descriptor
         self.path = _FOLDER / str(descriptor)
 
     def __enter__(self) -> "UnnamedFile":
@@ -57,4 +57,4 @@ def unnamed_file(n_bytes: int) -> UnnamedFile | None:
     except OSError:  # larger than the process may write files
         os.close(descriptor)
         return None
-    return UnnamedFile(descriptor, n_bytes)
+    return UnnamedFile(descriptor)
