@@ -1,5 +1,6 @@
 """The command line: examples that run, JSON that tools rely on, one line per error."""
 
+import errno
 import json
 import os
 import pty
@@ -19,6 +20,8 @@ from tiny_artifact import UNMEASURED, make_artifact
 from tokenizers import Tokenizer
 
 from edgekit.cli import main
+from edgekit.cli.console import print_table
+from edgekit.spool import replacing
 
 COMMANDS = sorted(main.commands)
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(99))
@@ -382,3 +385,34 @@ def _read(descriptor: int) -> bytes:
 
 def test_it_says_its_version():
     assert re.fullmatch(r"edgekit, version \d+\.\d+\.\d+.*\n", invoke("--version").stdout)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (MemoryError(), 3, "no memory is left"),
+        (OSError(errno.ENOSPC, "No space left on device"), 4, "the disk is full (No space"),
+        (OSError(errno.EACCES, "Permission denied", "x"), 1, "x: Permission denied; check"),
+    ],
+)
+def test_what_no_command_foresees_has_its_exit_code(monkeypatch, error, code, words):
+    def fails():
+        raise error
+
+    monkeypatch.setattr("edgekit.devices.profile.device_names", fails)
+    result = invoke("devices")
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (code, "", 1)
+    assert words in result.stderr
+
+
+def test_names_in_tables_are_no_markup(capsys):
+    print_table("model [/x]", ("a", "b"), [("Foo [/INST]", "model[q4].gguf")])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("model [/x]", "Foo [/INST]", "model[q4].gguf"))
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_nothing(tmp_path):
+    with pytest.raises(OSError, match="full"), replacing(tmp_path / "x") as file:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "full")
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """Loading a model: from files that exist nowhere, with a progress, and what is refused."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from virtual_files import Reader
 
 from edgekit.errors import EdgekitError, RefusedError, UnsupportedError
 from edgekit.exporters.gguf import read_header, tensor_offsets
-from edgekit.llama import Context, capture_log, has_fopencookie, open_model
+from edgekit.llama import Context, MemoryFile, capture_log, has_fopencookie, open_model
 
 
 def shared_bytes() -> int:
@@ -198,3 +199,16 @@ def test_a_ten_megabyte_model_runs_in_a_light_process(tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 100 * 1024  # KiB
+
+
+def test_a_limit_that_allows_no_more_maps_leaves_the_header_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = MemoryFile(write_tiny_llama(tmp_path / "tiny.gguf").read_bytes())
+
+    def none_left(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("edgekit.llama.unnamed.mmap.mmap", none_left)
+    with open_model(file) as model:
+        assert model.n_parameters > 0

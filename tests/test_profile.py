@@ -262,4 +262,6 @@ def test_without_matplotlib_the_page_says_what_to_install(artifact, tmp_path):
     assert done.returncode == 1
     assert done.stderr.endswith("needs matplotlib; pip install edgekit[report], or take --json\n")
     assert not (tmp_path / "r.html").exists()
+    done = subprocess.run([*words, "--measure"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "needs matplotlib" in done.stderr  # before minutes of trials
     assert subprocess.run([*words[:5], "--json"], capture_output=True).returncode == 0

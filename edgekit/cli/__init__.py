@@ -71,7 +71,7 @@ class _Group(click.Group):
             raise
         except MemoryError:
             _fail(
-                "memory ran out; close other programs, or ask for less", DoesNotFitError.exit_code
+                "no memory is left; close other programs or ask for less", DoesNotFitError.exit_code
             )
         except OSError as error:
             if error.errno in DISK_FULL:
