@@ -15,15 +15,14 @@ from pathlib import Path
 from edgekit import __version__
 from edgekit.arch import Mapping, SourceTensor, map_checkpoint
 from edgekit.artifact import open_artifact
-from edgekit.catalog import read_manifest
 from edgekit.checkpoint import Checkpoint
 from edgekit.codecs import CODECS
 from edgekit.codecs.chunks import CHUNK_WEIGHTS
 from edgekit.convert_options import Options, check_options
-from edgekit.convert_report import Report, report_of
+from edgekit.convert_report import Report, report_of, require_made_by
 from edgekit.disk import disk_full_reported, require_free, require_name, require_new_folder
 from edgekit.encode import Encoder, Task
-from edgekit.errors import EdgekitError, UsageError
+from edgekit.errors import EdgekitError
 from edgekit.exporters.gguf import header_bytes
 from edgekit.exporters.gguf_values import Value, u32
 from edgekit.exporters.tokenizer import tokenizer_metadata
@@ -71,7 +70,7 @@ def convert(
     checkpoint = Checkpoint.open(folder)
     spool = Spool(output.with_name(f".{output.name}.partial"))
     if options.resume and output.exists() and spool.is_published(output.name):
-        _require_made_by(output, options, {p.name: n for p, n in checkpoint.files.items()})
+        require_made_by(output, options, {p.name: n for p, n in checkpoint.files.items()})
         spool.remove()
         progress.note(f"{output} is complete; nothing to resume")
         return report_of(output, started)
@@ -92,7 +91,7 @@ def _convert_pruned(
     place = output.with_name(f".{output.name}.pruned")
     pruned = place / f"{artifact_name(folder)}-pruned"
     if options.resume and output.exists() and not place.exists():
-        _require_made_by(output, options, None)  # the pruned files are gone
+        require_made_by(output, options, None)  # the pruned files are gone
         progress.note(f"{output} is complete; nothing to resume")
         return report_of(output, time.monotonic())
     require_new_folder(output, options.force)
@@ -101,30 +100,6 @@ def _convert_pruned(
     report = convert(pruned, output, replace(options, prune=0.0), progress, command)
     Spool(place).remove()  # at once: a kill half-way is no conversion to resume
     return report
-
-
-def _require_made_by(output: Path, options: Options, files: dict[str, int] | None) -> None:
-    """Check that the finished ``output`` is what is asked for.
-
-    Args:
-        output: An artifact.
-        options: Asked for now.
-        files: Bytes of the checkpoint's weight files; ``None`` compares none.
-
-    Raises:
-        UsageError: It has other tiers, another codec, or comes from other weights.
-    """
-    manifest = read_manifest(output)
-    tiers = options.tiers if "gguf" in options.formats else ()
-    weights = {f["name"]: f["bytes"] for f in manifest.source["files"]}
-    same = (manifest.codec, manifest.tiers) == (options.codec, tiers)
-    same = same and (manifest.onnx is not None) == ("onnx" in options.formats)
-    if same and (files is None or files.items() <= weights.items()):
-        return
-    raise UsageError(
-        f"{output} is complete and was made from another checkpoint or with other options; choose "
-        "another -o, or replace it with --force"
-    )
 
 
 class _Conversion:

@@ -1,4 +1,4 @@
-"""What a conversion made, in numbers."""
+"""What a conversion made: whether it is what was asked for, and in numbers."""
 
 import time
 from collections.abc import Sequence
@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from edgekit.catalog import read_manifest
+from edgekit.convert_options import Options
 from edgekit.disk import folder_bytes
+from edgekit.errors import UsageError
 from edgekit.planner import tier_at, uniform
 from edgekit.stack import Stack
 
@@ -39,6 +41,30 @@ def report_of(output: Path, started: float) -> Report:
         tiers=tier_bytes(manifest.stacks, manifest.tiers),
         n_tensors=len(manifest.stacks) or len(manifest.onnx.store if manifest.onnx else ()),
         seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def require_made_by(output: Path, options: Options, files: dict[str, int] | None) -> None:
+    """Check that the finished ``output`` is what is asked for.
+
+    Args:
+        output: An artifact.
+        options: Asked for now.
+        files: Bytes of the checkpoint's weight files; ``None`` compares none.
+
+    Raises:
+        UsageError: It has other tiers, another codec, or comes from other weights.
+    """
+    manifest = read_manifest(output)
+    tiers = options.tiers if "gguf" in options.formats else ()
+    weights = {f["name"]: f["bytes"] for f in manifest.source["files"]}
+    same = (manifest.codec, manifest.tiers) == (options.codec, tiers)
+    same = same and (manifest.onnx is not None) == ("onnx" in options.formats)
+    if same and (files is None or files.items() <= weights.items()):
+        return
+    raise UsageError(
+        f"{output} is complete and was made from another checkpoint or with other options; choose "
+        "another -o, or replace it with --force"
     )
 
 
