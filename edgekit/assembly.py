@@ -6,10 +6,10 @@ chunks being decoded.
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
 from threading import Lock
 
@@ -19,13 +19,13 @@ from edgekit.artifact import Artifact
 from edgekit.codecs import CODECS
 from edgekit.codecs.job import Chunk
 from edgekit.decode import Decoder, chunks_of
-from edgekit.disk import write_at
 from edgekit.exporters.file_types import file_type
 from edgekit.exporters.gguf import Gguf, TensorInfo, header_bytes, padded
 from edgekit.exporters.gguf_values import u32
 from edgekit.kernels.ggml import ByteArray, fitting
 from edgekit.planner import Depths
 from edgekit.routing.gguf_keys import range_metadata
+from edgekit.sink import Report, Sink
 from edgekit.stack import Level, Stack
 
 _NOTHING = memoryview(b"")
@@ -126,11 +126,9 @@ class Assembly:
         artifact: Artifact,
         depths: Depths,
         n_threads: int = 1,
-        without: Collection[str] = frozenset(),
     ) -> None:
-        """Lay the file out; decodes nothing yet. Tensors named in ``without`` are zeros."""
+        """Lay the file out; decodes nothing yet."""
         self._artifact, self._depths, self._n_threads = artifact, depths, n_threads
-        self._without = without
         self.gguf, self._head = self._header()
         self._decoder = Decoder(CODECS[artifact.manifest.codec], self._part)
         self._locks: dict[tuple[str, str, int], Lock] = {}
@@ -179,23 +177,28 @@ class Assembly:
             self._at = offset + done
         return done
 
-    def write_to(self, descriptor: int, report: Callable[[int], None]) -> None:
-        """Write everything to an open file, in no particular order, on the threads.
+    def write_to(self, sink: Sink, report: Report) -> None:
+        """Give everything that ``sink`` takes to it, in no particular order, on the threads.
 
         Args:
-            descriptor: Of a file that can be written at any offset.
-            report: Called with the bytes written so far; what it raises ends the writing.
+            sink: Where it goes.
+            report: Called with the bytes written or passed over; what it raises ends the writing.
 
         Raises:
             OSError: There is no room for it.
         """
         rooms = threading.local()  # fresh pages take longer than what is done with them
 
+        def own_room(n_bytes: int) -> ByteArray:
+            room: ByteArray = getattr(rooms, "kept", _NO_ROOM)
+            if room.nbytes < n_bytes:
+                room = rooms.kept = np.empty(n_bytes, np.uint8)
+            return room
+
         def write(piece: Piece) -> int:
-            room = getattr(rooms, "kept", _NO_ROOM)
-            if room.nbytes < piece.room:
-                room = rooms.kept = np.empty(piece.room, np.uint8)
-            write_at(descriptor, piece.make(room), piece.offset)
+            if sink.takes(piece.offset):
+                room = sink.room(piece.offset, piece.room) if piece.room else _NO_ROOM
+                sink.put(piece.offset, piece.make(own_room(piece.room) if room is None else room))
             return piece.n_bytes
 
         n_written = 0
@@ -242,14 +245,10 @@ class Assembly:
 
     def _chunks(self, stack: Stack, at: int) -> Iterator[Piece]:
         depth = stack.depth_of(self._depths.tier(stack.name))
-        is_left_out = stack.name in self._without
         for expert in range(stack.n_experts):
             for chunk in chunks_of(stack, depth, expert, self._artifact.manifest.chunk_weights):
-                if is_left_out:
-                    yield Piece(at, chunk.n_bytes, partial(_zeros, chunk.n_bytes))
-                else:
-                    make = partial(self._decode, chunk)
-                    yield Piece(at, chunk.n_bytes, make, room=chunk.n_bytes)
+                make = partial(self._decode, chunk)
+                yield Piece(at, chunk.n_bytes, make, room=chunk.n_bytes)
                 at += chunk.n_bytes
 
     def _decode(self, chunk: Chunk, room: ByteArray) -> memoryview:
@@ -265,12 +264,3 @@ class Assembly:
 
 def _constant(view: memoryview) -> Callable[[ByteArray], memoryview]:
     return lambda _room: view
-
-
-def _zeros(n_bytes: int, _room: ByteArray) -> memoryview:
-    return memoryview(_kept_zeros(n_bytes))
-
-
-@lru_cache(maxsize=4)
-def _kept_zeros(n_bytes: int) -> bytes:
-    return bytes(n_bytes)

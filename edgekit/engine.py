@@ -21,7 +21,7 @@ from edgekit.devices.heap import keep_large_blocks_apart, return_free_memory
 from edgekit.errors import EdgekitError, MemoryShortError
 from edgekit.expert_budget import Paged, expert_stacks
 from edgekit.footprint import decoders
-from edgekit.llama import Context, ExpertMemory, Model, open_model
+from edgekit.llama import Context, Model, open_model
 from edgekit.llama.context import default_threads
 from edgekit.materialize import materialize
 from edgekit.paging import Pager, PagerOptions
@@ -32,8 +32,8 @@ from edgekit.plan import Plan, shape_in
 from edgekit.planner import Depths
 from edgekit.progress import Progress, Silent
 from edgekit.saved import Saved
+from edgekit.sink import Report, Sink
 
-DROP_BYTES = 32 << 20  # of zeros that stand for experts, between two times they are dropped
 Watch = Callable[[int], None]
 Residency = Literal["auto", "anon", "mapped"]
 RESIDENCIES = ("auto", "anon", "mapped")
@@ -220,17 +220,17 @@ class Engine:
     def _opened_paged(self, plan: Plan, paged: Paged, threads: int, watch: Watch | None) -> Model:
         """Dense weights decoded into memory, experts left to a pager."""
         names = frozenset(stack.name for stack in expert_stacks(self._artifact.stacks))
-        prefetcher, memory = self._prefetcher(paged), ExpertMemory()
+        prefetcher = self._prefetcher(paged)
         n_decoders = decoders(shape_in(self._artifact), plan.memory, threads)
-        with Assembly(self._artifact, plan.depths, n_decoders, without=names) as assembly:
+        with Assembly(self._artifact, plan.depths, n_decoders) as assembly:
             store = self._store(plan, assembly, names, n_decoders)
             try:
                 self._settings.progress.start("load", assembly.size)
                 model = open_model(
-                    _Watched(assembly, watch, memory),
+                    assembly if watch is None else _Watched(assembly, watch),
                     header=assembly.gguf,
                     progress=self._advance(assembly.size),
-                    experts=memory,
+                    paged=names,
                 )
             except BaseException:
                 store.close()
@@ -243,8 +243,8 @@ class Engine:
             self._artifact.manifest.architecture in ROUTES_EARLY,
         )
         try:
-            memory.ready()
-            self._pager = Pager(memory, paged.n_experts, store, options)
+            assert model.memory is not None
+            self._pager = Pager(model.memory, paged.n_experts, store, options)
         except BaseException:
             model.close()
             store.close()
@@ -302,40 +302,28 @@ class Engine:
 
 
 class _Watched:
-    """A virtual file whose reader is told how far it is.
+    """A virtual file that tells how far its reader is."""
 
-    The zeros that stand for experts are dropped again every so often, or a load would need the
-    memory of all of them.
-    """
-
-    def __init__(
-        self, assembly: Assembly, watch: Watch | None, experts: ExpertMemory | None = None
-    ) -> None:
-        self._assembly, self._watch, self._experts = assembly, watch, experts
-        self.size, self._n_read, self._n_kept = assembly.size, 0, 0
+    def __init__(self, assembly: Assembly, watch: Watch) -> None:
+        self._assembly, self._watch = assembly, watch
+        self.size, self._n_read = assembly.size, 0
 
     def read(self, offset: int, n: int) -> bytes:
         buffer = bytearray(n)
         return bytes(buffer[: self.readinto(offset, memoryview(buffer))])
 
     def readinto(self, offset: int, buffer: memoryview) -> int:
-        if self._watch is not None:
-            self._watch(self._n_read)
+        self._watch(self._n_read)
         n = self._assembly.readinto(offset, buffer)
         self._n_read += n
-        self._n_kept += n
-        if self._experts is not None and self._n_kept > DROP_BYTES:
-            self._n_kept = 0
-            self._experts.drop_all()
         return n
 
-    def write_to(self, descriptor: int, report: Callable[[int], None]) -> None:
+    def write_to(self, sink: Sink, report: Report) -> None:
         def told(n_bytes: int) -> None:
-            if self._watch is not None:
-                self._watch(n_bytes)
+            self._watch(n_bytes)
             report(n_bytes)
 
-        self._assembly.write_to(descriptor, told)
+        self._assembly.write_to(sink, told)
 
 
 def _weights_of(plan: Plan) -> tuple[Depths, bool, Paged | None]:

@@ -12,6 +12,7 @@ from edgekit.assembly import Assembly
 from edgekit.disk import PLAIN, disk_full_reported, require_free, try_to_lock
 from edgekit.errors import UsageError
 from edgekit.planner import Depths
+from edgekit.sink import FileSink
 
 SYNC_BYTES = 1 << 26  # handed to the disk at once, so that little is left to wait for at the end
 
@@ -78,7 +79,7 @@ def _write_synced(assembly: Assembly, descriptor: int) -> None:
                 syncs.append(background.submit(os.fsync, descriptor))
                 n_asked = n_written
 
-        assembly.write_to(descriptor, sync_some)
+        assembly.write_to(FileSink(descriptor), sync_some)
     for sync in syncs:  # the kernel tells of a failed write once, to the sync that met it
         sync.result()
     os.fsync(descriptor)

@@ -23,7 +23,7 @@ LAYERS = (
     {"kernels", "progress", "safetensors_header", "samples", "sizes", "spool", "stack"},
     {"checkpoint", "disk"},
     {"cache", "checked", "devices", "exporters", "sensitivity"},
-    {"codecs", "governor", "onnx_part", "receipts", "routing", "shortage"},
+    {"codecs", "governor", "onnx_part", "receipts", "routing", "shortage", "sink"},
     {"arch", "decode", "imatrix", "llama", "manifest"},
     {
         "convert_options",

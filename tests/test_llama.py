@@ -70,7 +70,7 @@ def test_logits_equal_llama_cpp_pythons_bit_for_bit(
         "spilled": Reader(data),
     }
     if how == "spilled":  # what a platform without fopencookie does
-        monkeypatch.setattr("edgekit.llama.model.has_fopencookie", lambda: False)
+        monkeypatch.setattr("edgekit.llama.opening.has_fopencookie", lambda: False)
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with open_model(
         sources.get(how, path), residency=how if how in ("mapped", "anon") else None

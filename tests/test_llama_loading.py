@@ -1,7 +1,9 @@
 """Loading a model: from files that exist nowhere, with a progress, and what is refused."""
 
-import errno
+import ctypes
+import mmap
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +14,32 @@ from virtual_files import Reader
 
 from edgekit.errors import EdgekitError, RefusedError, UnsupportedError
 from edgekit.exporters.gguf import read_header, tensor_offsets
-from edgekit.llama import Context, MemoryFile, capture_log, has_fopencookie, open_model
+from edgekit.llama import Context, WeightMemory, capture_log, has_fopencookie, open_model
+
+needs_placing = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="weights are placed on Linux only"
+)
 
 
 def shared_bytes() -> int:
     """Resident pages of this process that are files in memory."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssShmem:")[1].split()[0]) << 10
+
+
+def map_facts(address: int) -> dict[str, str]:
+    """What the kernel says of the map that has the page at ``address``."""
+    facts = dict[str, str]()
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            first, last = (int(end, 16) for end in line.split()[0].split("-"))
+            facts, is_ours = {}, first <= address < last
+        else:
+            name, _, value = line.partition(":")
+            facts[name] = value.strip()
+            if name == "VmFlags" and is_ours:
+                return facts
+    raise AssertionError(f"nothing is mapped at {address:x}")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +50,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["stream", "memory"])
 def extra_bufts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether weights are to be repacked, and so are read through a stream, in small reads."""
-    monkeypatch.setattr("edgekit.llama.model._COPY_BYTES", 1 << 14)
+    monkeypatch.setattr("edgekit.llama.opening._COPY_BYTES", 1 << 14)
     return bool(request.param == "stream")
 
 
@@ -58,37 +79,100 @@ def test_a_virtual_file_reads_every_tensor_once_and_nothing_across_tensors(
     assert set(n_reads.values()) == {1}
 
 
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no files without names")
-def test_a_virtual_file_is_read_once_and_lies_in_memory_once(tmp_path: Path) -> None:
+@needs_placing
+def test_a_virtual_file_is_read_once_and_lies_in_memory_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_tiny_llama(tmp_path / "wide.gguf", hidden=256, ffn=512, layers=8)
     reader, descriptors = Reader(path.read_bytes()), sorted(os.listdir("/proc/self/fd"))
-    header = read_header(path)
-    before = shared_bytes()
+    header, before, during = read_header(path), shared_bytes(), list[int]()
+    placed = WeightMemory._placed
+
+    def watched(self: WeightMemory, buffer: int, tensor: int) -> int:
+        during.append(shared_bytes() - before)  # llama.cpp has the file mapped now
+        return placed(self, buffer, tensor)
+
+    monkeypatch.setattr(WeightMemory, "_placed", watched)
     with open_model(reader, header=header) as model:
         assert sorted(os.listdir("/proc/self/fd")) == descriptors
-        taken = shared_bytes() - before
-        # the weights, and no second map of them; the header is given back but for a page
+        assert shared_bytes() == before  # the header is gone, though a page's map may not be
+        assert model.memory is not None
+        facts = map_facts(next(iter(model.memory.spans.values())).address)
+        taken = int(facts["Rss"].removesuffix(" kB")) << 10
         assert model.weights_bytes <= taken <= model.weights_bytes + (64 << 10)
-        assert "/memfd:edgekit" in Path("/proc/self/maps").read_text()
-    assert shared_bytes() == before
+        assert len(during) == len(header.tensors)
+        assert max(during) <= header.data_offset + (64 << 10)  # no zeros behind the header
     ends = [offset + n for offset, n in reader.calls if offset >= header.data_offset]
     assert len(ends) == len(set(ends)) and ends[-1] == reader.size
+
+
+@needs_placing
+def test_pages_are_large_where_weights_stay_and_small_where_they_come_and_go(
+    tmp_path: Path,
+) -> None:
+    path = write_tiny_llama(tmp_path / "wide.gguf", hidden=512, ffn=2048, layers=2)
+    paged = {"blk.0.ffn_up.weight", "blk.1.ffn_down.weight"}
+    with open_model(Reader(path.read_bytes()), paged=paged) as model:
+        assert model.memory is not None
+        large = {k: v for k, v in model.memory.spans.items() if v.n_bytes > 2 * mmap.PAGESIZE}
+        assert len(large) > 10
+        for name, span in large.items():
+            facts = map_facts(span.address + span.n_bytes // 2)
+            assert ("nh" if name in paged else "hg") in facts["VmFlags"].split()
+            is_there = any((ctypes.c_uint8 * span.n_bytes).from_address(span.address))
+            assert is_there == (name not in paged)
+
+
+@needs_placing
+def test_where_addresses_are_limited_weights_are_mapped_once(tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path / "wide.gguf", hidden=1024, ffn=4096, layers=4)
+    script = """if True:
+        import resource, sys
+        from pathlib import Path
+        from edgekit.llama import MemoryFile, open_model
+        file = MemoryFile(Path(sys.argv[1]).read_bytes())
+        open_model(file, vocab_only=True).close()
+        status = Path("/proc/self/status").read_text()
+        room = int(status.split("VmSize:")[1].split()[0]) * 1024 + file.size * 3 // 2
+        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+        with open_model(file) as model:
+            print(model.memory, model.weights_bytes)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
+    )
+    n_bytes = sum(tensor.n_bytes for tensor in read_header(path).tensors)
+    assert done.stdout.split() == ["None", str(n_bytes)] and n_bytes > 100 << 20
 
 
 def refused(*_: object) -> int:
     raise OSError("not permitted")
 
 
+@needs_placing
 @pytest.mark.parametrize("call", ["memfd_create", "ftruncate"])
-def test_where_there_are_no_files_in_memory_a_stream_is_read(
-    path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+def test_without_files_in_memory_the_header_is_on_disk_and_without_holes_a_stream_is_read(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     descriptors = sorted(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with open_model(path) as model, Context(model, 64, n_threads=1) as context:
+        logits = context.decode([1, 2, 3])
     monkeypatch.setattr(os, call, refused, raising=False)
     with open_model(Reader(path.read_bytes())) as model, Context(model, 64, n_threads=1) as context:
-        assert context.decode([1, 2, 3]).any()
-        assert "/memfd:edgekit" not in Path("/proc/self/maps").read_text()
+        assert (context.decode([1, 2, 3]) == logits).all()
+        assert (model.memory is None) == (call == "ftruncate")
+        assert not list(tmp_path.iterdir())
     assert sorted(os.listdir("/proc/self/fd")) == descriptors
+
+
+@needs_placing
+def test_weights_can_be_paged_where_they_can_be_placed_only(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "ftruncate", refused)
+    with pytest.raises(UnsupportedError, match=r"experts on demand need Linux.*--no-pager"):
+        open_model(Reader(path.read_bytes()), paged={"blk.0.ffn_up.weight"})
 
 
 @pytest.mark.parametrize("error", [KeyError("level 7"), KeyboardInterrupt(), MemoryError()])
@@ -199,16 +283,3 @@ def test_a_ten_megabyte_model_runs_in_a_light_process(tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 100 * 1024  # KiB
-
-
-def test_a_limit_that_allows_no_more_maps_leaves_the_header_where_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = MemoryFile(write_tiny_llama(tmp_path / "tiny.gguf").read_bytes())
-
-    def none_left(*_: object) -> None:
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
-
-    monkeypatch.setattr("edgekit.llama.unnamed.mmap.mmap", none_left)
-    with open_model(file) as model:
-        assert model.n_parameters > 0

@@ -7,16 +7,16 @@ the callbacks, and allocates scores of context x vocabulary.
 from edgekit.llama.binding import capture_log, system_info
 from edgekit.llama.chat import Message, apply_chat_template, chat_prompt
 from edgekit.llama.context import KV_TYPES, Context, State
-from edgekit.llama.expert_memory import ExpertMemory, can_page
 from edgekit.llama.generation import Generation, Sampling, Timings, generate
 from edgekit.llama.listener import Listener
-from edgekit.llama.model import Model, Residency, open_model
+from edgekit.llama.model import Model
+from edgekit.llama.opening import Residency, open_model
 from edgekit.llama.stream import MemoryFile, VirtualFile, has_fopencookie
+from edgekit.llama.weight_memory import WeightMemory, can_page
 
 __all__ = [
     "KV_TYPES",
     "Context",
-    "ExpertMemory",
     "Generation",
     "Listener",
     "MemoryFile",
@@ -27,6 +27,7 @@ __all__ = [
     "State",
     "Timings",
     "VirtualFile",
+    "WeightMemory",
     "apply_chat_template",
     "can_page",
     "capture_log",

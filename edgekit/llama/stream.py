@@ -28,9 +28,8 @@ class VirtualFile(Protocol):
     """Bytes that can be read at any offset; what `open_model` takes in place of a path.
 
     An object may also have ``readinto(offset, buffer: memoryview) -> int``, which then is called
-    in place of ``read`` and writes straight into a stream's memory, and ``write_to(descriptor,
-    report)``, which writes everything to an open file and calls ``report(n_bytes)`` with what is
-    done so far.
+    in place of ``read`` and writes straight into a stream's memory, and ``write_to(sink, report)``,
+    which gives everything to a `Sink` and calls ``report(n_bytes)`` with what is done so far.
     """
 
     @property

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.errors import DoesNotFitError
-from edgekit.llama import ExpertMemory, Listener
+from edgekit.llama import Listener, WeightMemory
 from edgekit.llama.listener import Ids
 from edgekit.paging.pool import Block, ExpertPool
 from edgekit.paging.store import ExpertStore
@@ -89,9 +89,9 @@ class Pager:
     """
 
     def __init__(
-        self, memory: ExpertMemory, n_experts: int, store: ExpertStore, options: PagerOptions
+        self, memory: WeightMemory, n_experts: int, store: ExpertStore, options: PagerOptions
     ) -> None:
-        """Page the experts that lie in ``memory``, all of which have been dropped."""
+        """Page the experts of ``memory``, none of which was ever filled."""
         self._blocks = blocks_in(memory, n_experts)
         self._store, self._options = store, options
         has_guess = options.prefetcher is not None
@@ -238,11 +238,11 @@ class Pager:
         self._submit(block, wanted)
 
 
-def blocks_in(memory: ExpertMemory, n_experts: int) -> list[Block]:
+def blocks_in(memory: WeightMemory, n_experts: int) -> list[Block]:
     """The expert tensors by block; blocks without any have none."""
     found = defaultdict(list)
-    for name, span in memory.spans.items():
+    for name in sorted(memory.paged):
         match = _BLOCK.match(name)
         assert match is not None, name
-        found[int(match[1])].append((name, span))
+        found[int(match[1])].append((name, memory.spans[name]))
     return [Block(tuple(found[i]), n_experts) for i in range(max(found) + 1)]

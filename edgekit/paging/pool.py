@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from edgekit.errors import DoesNotFitError
 from edgekit.expert_budget import PAGE, paged_bytes
-from edgekit.llama.expert_memory import ExpertMemory, Span
+from edgekit.llama.weight_memory import Span, WeightMemory
 from edgekit.routing.eviction import Uses, victims
 
 Ids = npt.NDArray[np.int64]
@@ -47,7 +47,7 @@ class ExpertPool:
     """
 
     def __init__(
-        self, memory: ExpertMemory, blocks: Sequence[Block], uses: Uses, capacity_bytes: int
+        self, memory: WeightMemory, blocks: Sequence[Block], uses: Uses, capacity_bytes: int
     ) -> None:
         """Start empty; ``uses.resident`` is kept here from now on."""
         self._memory, self._blocks, self._uses = memory, blocks, uses

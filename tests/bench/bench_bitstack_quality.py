@@ -40,6 +40,7 @@ from edgekit.measure import highest_depths
 from edgekit.planner import Depths, fill, packed_bytes, resident_bytes
 from edgekit.progress import Silent
 from edgekit.samples import HELDOUT_TEXT
+from edgekit.sink import FileSink
 from edgekit.text import read_text
 from edgekit.torch_runtime import Matrix, Weights
 
@@ -157,7 +158,7 @@ def bench(name: str, text: str, n_tokens: int, threads: int) -> dict[str, Any]:
         ]
         highest = highest_depths(nested)
         with (folder / "source.gguf").open("wb") as file, Assembly(nested, highest) as top:
-            top.write_to(file.fileno(), lambda n_bytes: None)
+            top.write_to(FileSink(file.fileno()), lambda n_bytes: None)
         mixes = list(at_mixes(nested, judge, folder, imatrix, row))
         uniform = {tier: uniform_kl(artifacts, judge, tier) for tier in ("B1", "B2", "B3", "B4")}
         return {"n_tokens": len(judge.reference.sequences.targets), "depths": rows,

@@ -34,6 +34,7 @@ from edgekit.plan import plan_weights
 from edgekit.planner import Depths
 from edgekit.progress import Silent
 from edgekit.samples import HELDOUT_TEXT
+from edgekit.sink import FileSink
 from edgekit.text import read_text
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -58,7 +59,7 @@ class Comparison:
         self.source = folder / "source.gguf"
         highest = highest_depths(artifact)
         with self.source.open("wb") as file, Assembly(artifact, highest) as source:
-            source.write_to(file.fileno(), lambda n_bytes: None)
+            source.write_to(FileSink(file.fileno()), lambda n_bytes: None)
         self.reference = Reference.open(self.source, text, n_threads=threads)
 
     def ours(self, depths: Depths) -> Quality:
