@@ -80,6 +80,9 @@ class Device:
         small_bytes: Models up to this size stay in the processor's caches; ``None``: not known.
         small_decode_bytes_per_s: ``decode_bytes_per_s`` of those.
         small_prompt_operations_per_s: ``prompt_operations_per_s`` of those.
+        expert_operations_per_s: ``prompt_operations_per_s`` of the matrices of experts, which
+            llama.cpp multiplies by other kernels; ``None``: as of others.
+        small_expert_operations_per_s: The same for models that stay in the caches.
     """
 
     id: str
@@ -102,6 +105,8 @@ class Device:
     small_bytes: Figure | None = None
     small_decode_bytes_per_s: Figure | None = None
     small_prompt_operations_per_s: Figure | None = None
+    expert_operations_per_s: Figure | None = None
+    small_expert_operations_per_s: Figure | None = None
 
     @property
     def budget_bytes(self) -> int:
@@ -124,6 +129,12 @@ class Device:
         """Operations per second for a model of that size."""
         small = self.small_prompt_operations_per_s
         return small if small and self._is_small(model_bytes) else self.prompt_operations_per_s
+
+    def expert_rates(self, model_bytes: int) -> Figure:
+        """Operations per second of experts, for a model of that size."""
+        is_small = self._is_small(model_bytes)
+        rates = self.small_expert_operations_per_s if is_small else self.expert_operations_per_s
+        return rates or self.prompt_rates(model_bytes)
 
     def _is_small(self, model_bytes: int) -> bool:
         return self.small_bytes is not None and model_bytes <= self.small_bytes.value

@@ -30,7 +30,7 @@ from edgekit.stack import Level, Stack
 
 _NOTHING = memoryview(b"")
 _NO_ROOM = np.empty(0, np.uint8)
-RELEASE_EVERY = 16  # pieces after which the artifact's pages are handed back, some 20 MiB
+RELEASE_EVERY = 4  # pieces after which the artifact's pages are handed back, some 20 MiB
 
 
 @dataclass(frozen=True)
@@ -201,9 +201,11 @@ class Assembly:
                 sink.put(piece.offset, piece.make(own_room(piece.room) if room is None else room))
             return piece.n_bytes
 
+        # what takes most room while it is made comes when least of the rest is there
+        order = sorted(self._pieces, key=lambda piece: -piece.room.bit_length())
         n_written = 0
         with ThreadPoolExecutor(self._n_threads) as pool:
-            written = [pool.submit(write, piece) for piece in self._pieces]
+            written = [pool.submit(write, piece) for piece in order]
             try:
                 for n_done, task in enumerate(written, 1):
                     n_written += task.result()

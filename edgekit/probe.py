@@ -6,16 +6,15 @@ small model with few and with many layers what a token and a layer cost whatever
 """
 
 import contextlib
-import math
 import os
 import platform
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,62 +24,34 @@ from edgekit.devices.memory import auto_budget
 from edgekit.devices.profile import Device, Figure
 from edgekit.disk import require_free
 from edgekit.footprint import CELLS
-from edgekit.llama import Context, open_model
 from edgekit.llama.context import default_threads
-from edgekit.probe_model import ProbeModel, ProbeShape
+from edgekit.probe_model import ProbeShape
+from edgekit.probe_timing import (
+    COMMON,
+    CONTEXT,
+    DEEP,
+    N_PROMPT,
+    REPEATS,
+    SHALLOW,
+    SHORT_BATCH,
+    SMALL_WIDTH,
+    TYPES,
+    WIDTH,
+    Timing,
+    Timings,
+    deep_shape,
+    expert_pair,
+    large_shape,
+    seconds_of,
+    shapes,
+    small_pair,
+    timed,
+)
 from edgekit.progress import Progress
 
-TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "Q5_0", "BF16", "F16", "F32")
-COMMON = "Q4_K"  # whose models tell what a layer costs
-WIDTH, FEED_FORWARD, VOCAB, CONTEXT = 2048, 8192, 256, 2048
-LEAST_BYTES = 96 << 20  # of weights that prompts are timed on: more than caches hold
-MANY_BYTES = 256 << 20  # that tokens are timed on: what caches keep of them does not count
 SMALL_BYTES = 4 << 20  # that stay in the caches of any processor that does not tell their size
 MOST_BYTES, FILE_BYTES = 256 << 20, 128 << 20  # of memory and of a file that are read
-N_DECODES, N_SMALL, N_PROMPT, SHORT_BATCH = 24, 120, 256, 32
-DEEP_SECONDS = 0.5  # that tokens of large models are timed for: what memory gives goes up and down
-REPEATS = 3
 N_ROUNDS = 3  # over all models: a machine's other work comes in bursts
-
-
-def small_shape(kind: str, layers: int = 4, feed_forward: int = 768) -> ProbeShape:
-    """A model that stays in a processor's caches."""
-    return ProbeShape(kind, layers, 256, feed_forward, VOCAB, CONTEXT)
-
-
-def large_shape(kind: str, n_bytes: int = LEAST_BYTES) -> ProbeShape:
-    """A model of real width and at least so many bytes."""
-    one = ProbeShape(kind, 1, WIDTH, FEED_FORWARD, VOCAB, CONTEXT)
-    layers = max(2, -(-n_bytes // one.weights_bytes))
-    return ProbeShape(kind, layers, WIDTH, FEED_FORWARD, VOCAB, CONTEXT)
-
-
-def deep_shape(kind: str) -> ProbeShape:
-    """One that only tokens are timed on."""
-    return large_shape(kind, MANY_BYTES)
-
-
-DEEP, SHALLOW = small_shape(COMMON, 24), small_shape(COMMON)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one model: of a token at the start, behind many others, of a prompt.
-
-    Medians of the least disturbed stretch: whatever else the machine does only adds. What was not
-    timed is infinite.
-
-    Attributes:
-        token: At the start.
-        late_token: Behind many others.
-        prompt: Of `N_PROMPT` tokens at once.
-        batched_prompt: In batches of `SHORT_BATCH`.
-    """
-
-    token: float
-    late_token: float
-    prompt: float
-    batched_prompt: float
 
 
 @dataclass(frozen=True)
@@ -90,14 +61,7 @@ class Measured:
     threads: int
     memory_bytes_per_s: float
     storage: tuple[float, float]
-    timings: Mapping[ProbeShape, Timing]
-
-
-def shapes(kinds: Collection[str] = TYPES) -> tuple[ProbeShape, ...]:
-    """Every model that is timed, once; of ``kinds``, and the two of `COMMON`."""
-    small = [small_shape(kind, 4, ffn) for kind in kinds for ffn in (256, 1024)]
-    large = dict.fromkeys(shape(kind) for kind in kinds for shape in (large_shape, deep_shape))
-    return (DEEP, SHALLOW, *small, *large)
+    timings: Timings
 
 
 def probe(folder: Path, name: str, progress: Progress, n_threads: int | None = None) -> Device:
@@ -126,21 +90,10 @@ def measured(folder: Path, progress: Progress, n_threads: int | None = None) -> 
     for _ in range(N_ROUNDS):
         progress.start("probe", len(shapes()))
         for shape in shapes():
-            rounds[shape].append(_time(shape, threads))
+            rounds[shape].append(timed(shape, threads))
             progress.advance(1)
     timings = {shape: least_disturbed(of_shape) for shape, of_shape in rounds.items()}
     return Measured(threads, memory, storage, timings)
-
-
-def timed_again(before: Measured, kinds: Collection[str], model_bytes: int) -> Measured:
-    """With what predicts a model of ``kinds`` as it is now: memory's speed changes by the minute.
-
-    Large models are left out where one of ``model_bytes`` stays in the caches.
-    """
-    is_small = model_bytes <= _cache_bytes()
-    chosen = (s for s in shapes(kinds) if s.width < WIDTH or not is_small)
-    now = {shape: _time(shape, before.threads) for shape in chosen}
-    return replace(before, timings={**before.timings, **now})
 
 
 def least_disturbed(rounds: Sequence[Timing]) -> Timing:
@@ -155,20 +108,26 @@ def described(name: str, measured: Measured) -> Device:
         psutil.virtual_memory().total,
         f"edgekit devices probe, {time.strftime('%Y-%m-%d')}",
     )
-    small = {kind: _small_rates(kind, timings) for kind in TYPES}
+    small_decode = {kind: _small_decode_rate(kind, timings) for kind in TYPES}
+    small_prompt = _operations_per_s(
+        small_pair, timings, lambda s: s.prompt_weights, lambda s: timings[s].token
+    )
     attention = _attention_per_s(timings[DEEP])
-    token, layer = _fixed_costs(timings, small[COMMON][0], attention)
-    # Of small models types differ by less than timings do
-    small_prompt = statistics.median(prompt for _, prompt in small.values())
-    prompt = _prompt_cost(timings, small_prompt)
+    token, layer = _fixed_costs(timings, small_decode[COMMON], attention)
+    prompt = _prompt_cost(timings, small_prompt[COMMON])
     fixed = token, layer, prompt, attention
     large = {kind: _large_rates(kind, timings, fixed) for kind in TYPES}
+    decode, large_prompt, batch = (
+        {kind: rates[i] for kind, rates in large.items()} for i in range(3)
+    )
+    small_experts = _expert_rates(SMALL_WIDTH, timings, small_prompt, small_decode)
+    experts = _expert_rates(WIDTH, timings, large_prompt, batch)
 
     def figure(value: float, what: str = "llama.cpp") -> Figure:
         return Figure(_digits(value), "measured", f"{how}: {what}")
 
-    def by_type(rates: Mapping[str, tuple[float, ...]], which: int) -> Figure:
-        values = {kind: _digits(rate[which]) for kind, rate in rates.items()}
+    def by_type(rates: Mapping[str, float]) -> Figure:
+        values = {kind: _digits(rate) for kind, rate in rates.items()}
         return Figure(statistics.median(values.values()), "measured", f"{how}: llama.cpp", values)
 
     return Device(
@@ -182,32 +141,77 @@ def described(name: str, measured: Measured) -> Device:
         memory_bytes_per_s=figure(measured.memory_bytes_per_s, "sums of integers, all threads"),
         storage_bytes_per_s=figure(measured.storage[0], "a file that is not in the page cache"),
         cached_bytes_per_s=figure(measured.storage[1], "a file that is"),
-        decode_bytes_per_s=by_type(large, 0),
+        decode_bytes_per_s=by_type(decode),
         attention_per_s=figure(attention),
-        prompt_operations_per_s=by_type(large, 1),
+        prompt_operations_per_s=by_type(large_prompt),
         token_seconds=figure(token),
         layer_seconds=figure(layer),
         prompt_layer_seconds=figure(prompt),
-        batch_bytes_per_s=by_type(large, 2),
-        small_bytes=Figure(_cache_bytes(), "measured", f"{how}: the processor's last cache"),
-        small_decode_bytes_per_s=by_type(small, 0),
-        small_prompt_operations_per_s=figure(small_prompt),
+        batch_bytes_per_s=by_type(batch),
+        small_bytes=Figure(cache_bytes(), "measured", f"{how}: the processor's last cache"),
+        small_decode_bytes_per_s=by_type(small_decode),
+        small_prompt_operations_per_s=by_type(small_prompt),
+        expert_operations_per_s=by_type(experts),
+        small_expert_operations_per_s=by_type(small_experts),
     )
 
 
-def _small_rates(kind: str, timings: Mapping[ProbeShape, Timing]) -> tuple[float, float]:
-    """Bytes and operations per second, from two small models that differ in weights alone."""
-    narrow, wide = small_shape(kind, 4, 256), small_shape(kind, 4, 1024)
-    less, more = timings[narrow], timings[wide]
-    token = _positive(more.token - less.token, more.token)
-    prompt = _positive(more.prompt - less.prompt - token, more.prompt)
-    n_bytes = wide.weights_bytes - narrow.weights_bytes
-    return n_bytes / token, 2 * N_PROMPT * (wide.prompt_weights - narrow.prompt_weights) / prompt
+def _small_decode_rate(kind: str, timings: Timings) -> float:
+    """Bytes per second of a token, from two small models that differ in weights alone."""
+    narrow, wide = small_pair(kind)
+    less, more = timings[narrow].token, timings[wide].token
+    return (wide.weights_bytes - narrow.weights_bytes) / _positive(more - less, more)
 
 
-def _fixed_costs(
-    timings: Mapping[ProbeShape, Timing], rate: float, attention: float
-) -> tuple[float, float]:
+def _operations_per_s(
+    pair: Callable[[str], tuple[ProbeShape, ProbeShape]],
+    timings: Timings,
+    weights: Callable[[ProbeShape], int],
+    rest: Callable[[ProbeShape], float],
+) -> dict[str, float]:
+    """Operations per second of a prompt, by ggml type.
+
+    What is no multiplication (norms, attention, routing) takes all types as long as `COMMON`,
+    whose two models tell it: a difference of two timings for each type would be mostly noise.
+
+    Args:
+        pair: The two models of a type, which differ in ``weights`` alone.
+        timings: Of all models.
+        weights: That a token is multiplied with.
+        rest: Seconds that a model's prompt takes for what is known of it.
+    """
+
+    def operations(shape: ProbeShape) -> int:
+        return 2 * N_PROMPT * weights(shape)
+
+    def seconds(shape: ProbeShape) -> float:
+        return timings[shape].prompt - rest(shape)
+
+    narrow, wide = pair(COMMON)
+    more = _positive(seconds(wide) - seconds(narrow), timings[wide].prompt)
+    fixed = seconds(wide) - operations(wide) * more / (operations(wide) - operations(narrow))
+    wides = {kind: pair(kind)[1] for kind in TYPES}
+    return {
+        kind: operations(shape) / _positive(seconds(shape) - fixed, timings[shape].prompt)
+        for kind, shape in wides.items()
+    }
+
+
+def _expert_rates(
+    width: int, timings: Timings, prompt: Mapping[str, float], batch: Mapping[str, float]
+) -> dict[str, float]:
+    """The same for experts of mixtures of that width, given the rates of their other matrices."""
+
+    def rest(shape: ProbeShape) -> float:
+        of_others = 2 * N_PROMPT * shape.prompt_weights / prompt[shape.kind]
+        return of_others + shape.used_bytes / batch[shape.kind]
+
+    return _operations_per_s(
+        lambda kind: expert_pair(kind, width), timings, lambda s: s.expert_weights, rest
+    )
+
+
+def _fixed_costs(timings: Timings, rate: float, attention: float) -> tuple[float, float]:
     """Seconds of a token and of a layer whatever their size, from two models of other depths."""
     deep = _unattended(DEEP, timings, attention)
     shallow = _unattended(SHALLOW, timings, attention)
@@ -217,7 +221,7 @@ def _fixed_costs(
     return _positive(token, shallow), layer
 
 
-def _prompt_cost(timings: Mapping[ProbeShape, Timing], rate: float) -> float:
+def _prompt_cost(timings: Timings, rate: float) -> float:
     """Seconds of a layer and a token of a prompt whatever their size."""
     deep, shallow = timings[DEEP], timings[SHALLOW]
     rest = (deep.prompt - deep.token - shallow.prompt + shallow.token) / N_PROMPT
@@ -225,7 +229,7 @@ def _prompt_cost(timings: Mapping[ProbeShape, Timing], rate: float) -> float:
     return _positive(rest - weights, deep.prompt / N_PROMPT) / (DEEP.layers - SHALLOW.layers)
 
 
-def _unattended(shape: ProbeShape, timings: Mapping[ProbeShape, Timing], attention: float) -> float:
+def _unattended(shape: ProbeShape, timings: Timings, attention: float) -> float:
     """Seconds of a first token less its attention, which reads one group of cells."""
     token = timings[shape].token
     return _positive(token - shape.attention * CELLS / attention, token)
@@ -237,7 +241,7 @@ def _attention_per_s(deep: Timing) -> float:
 
 
 def _large_rates(
-    kind: str, timings: Mapping[ProbeShape, Timing], fixed: tuple[float, float, float, float]
+    kind: str, timings: Timings, fixed: tuple[float, float, float, float]
 ) -> tuple[float, float, float]:
     """Of models of real width, less what is not weights.
 
@@ -249,7 +253,7 @@ def _large_rates(
     decode = deep.weights_bytes / _positive(single - token - deep.layers * layer, single)
     n_more = N_PROMPT // SHORT_BATCH - 1
     batch = _positive(timing.batched_prompt - timing.prompt, timing.prompt) / n_more
-    not_batch = timing.token - large.weights_bytes / decode
+    not_batch = token + large.layers * layer + large.attention * CELLS / attention
     of_weights = _positive(batch - not_batch, batch)
     not_weights = batch + N_PROMPT * large.layers * read
     prompt = _positive(timing.prompt - not_weights, timing.prompt)
@@ -262,7 +266,7 @@ def _positive(seconds: float, whole: float) -> float:
     return max(seconds, whole / 20)
 
 
-def _cache_bytes() -> int:
+def cache_bytes() -> int:
     """The last cache of the first core."""
     sizes = [SMALL_BYTES]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
@@ -286,66 +290,13 @@ def _processor() -> str:
     return next(names, "") or platform.processor() or platform.machine() or "unknown"
 
 
-def _time(shape: ProbeShape, threads: int) -> Timing:
-    """Time one model."""
-    ids = [1 + i % (shape.vocab - 1) for i in range(CONTEXT)]
-    n = N_SMALL if shape.width < WIDTH else N_DECODES
-    reads = shape.width < WIDTH or shape == large_shape(shape.kind)
-    with open_model(ProbeModel(shape)) as model, Context(model, CONTEXT, n_threads=threads) as c:
-        prompt = _prompt_seconds(c, ids[:N_PROMPT]) if reads else math.inf
-        c.decode(ids[:1])  # warms up
-        c.clear()
-        tokens = _token_seconds(c, n, 0 if reads else DEEP_SECONDS)
-        late = tokens
-        if shape == DEEP:
-            c.decode(ids[: CONTEXT - len(c.tokens) - N_DECODES])
-            late = _token_seconds(c, N_DECODES)
-        batched = math.inf
-        if shape == large_shape(shape.kind):
-            with Context(model, N_PROMPT, n_batch=SHORT_BATCH, n_threads=threads) as short:
-                batched = _prompt_seconds(short, ids[:N_PROMPT])
-    return Timing(_least_median(tokens), _least_median(late), prompt, batched)
-
-
-def _prompt_seconds(context: Context, ids: list[int]) -> float:
-    """The least of a few, the first one aside, which warms up; leaves the context empty."""
-    seconds = list[float]()
-    for _ in range(1 + REPEATS):
-        seconds.append(_seconds(lambda: context.decode(ids)))
-        context.clear()
-    return min(seconds[1:])
-
-
-def _token_seconds(context: Context, n: int, least: float = 0.0) -> list[float]:
-    """Of ``n`` tokens, one after the other, and more until they take ``least`` seconds.
-
-    More only as far as they attend to the first group of cells.
-    """
-    seconds = list[float]()
-    while len(seconds) < n or (sum(seconds) < least and len(context.tokens) < CELLS):
-        seconds.append(_seconds(lambda: context.decode([1])))
-    return seconds
-
-
-def _least_median(seconds: Sequence[float]) -> float:
-    """The least median of a few stretches."""
-    n = max(1, len(seconds) // REPEATS)
-    return min(statistics.median(seconds[i : i + n]) for i in range(0, len(seconds) - n + 1, n))
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
 def _memory_bytes_per_s(threads: int) -> float:
     """Reading memory that no cache holds, all threads at once."""
     room = psutil.virtual_memory().available // 4
     n = max(1, min(MOST_BYTES, room) // (8 * threads))
     parts = [np.ones(n, np.uint64) for _ in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
-        runs = [_seconds(lambda: list(pool.map(np.sum, parts))) for _ in range(4 * REPEATS)]
+        runs = [seconds_of(lambda: list(pool.map(np.sum, parts))) for _ in range(4 * REPEATS)]
     return 8 * n * threads / min(runs)
 
 

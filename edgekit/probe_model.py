@@ -1,7 +1,7 @@
-"""A model that exists nowhere: a Llama of any shape, one ggml type, random blocks, made while read.
+"""A model that exists nowhere: a Llama, or a mixture of experts, of any shape and one ggml type.
 
-`edgekit.probe` times llama.cpp on it. Every matrix repeats the same quantized weights, so a model
-of any size costs a few kilobytes.
+Its blocks are random and made while it is read; `edgekit.probe` times llama.cpp on it. Every matrix
+repeats the same quantized weights, so a model of any size costs a few kilobytes.
 """
 
 import bisect
@@ -19,12 +19,14 @@ from edgekit.llama import VirtualFile
 PATTERN_ROWS, PATTERN_COLS = 8, 4096  # weights that are quantized
 PATTERN_BYTES = 2 << 20  # of them repeated: what one read gives at most
 HEAD_SIZE = 64
+N_USED = 2  # experts of a token
+ROUTER = "ffn_gate_inp"
 ONES = np.ones(1024, np.float32).tobytes()  # the weights of norms
 
 
 @dataclass(frozen=True)
 class ProbeShape:
-    """A Llama with a tied head: every matrix of ggml type ``kind``."""
+    """A Llama with a tied head: every matrix of ggml type ``kind``; ``experts`` in each block."""
 
     kind: str
     layers: int
@@ -32,6 +34,7 @@ class ProbeShape:
     feed_forward: int
     vocab: int
     context: int
+    experts: int = 0
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -44,24 +47,27 @@ class ProbeShape:
             "attn_v": (kv, width),
             "attn_output": (width, width),
             "ffn_norm": (width,),
-            "ffn_gate": (ffn, width),
-            "ffn_up": (ffn, width),
-            "ffn_down": (width, ffn),
         }
+        if self.experts:
+            block[ROUTER] = (self.experts, width)
+            each = {"ffn_gate": (ffn, width), "ffn_up": (ffn, width), "ffn_down": (width, ffn)}
+            block |= {f"{name}_exps": (self.experts, *shape) for name, shape in each.items()}
+        else:
+            block |= {"ffn_gate": (ffn, width), "ffn_up": (ffn, width), "ffn_down": (width, ffn)}
         rows = {"token_embd.weight": (self.vocab, width), "output_norm.weight": (width,)}
         for layer in range(self.layers):
             rows |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}
         return rows
 
-    def kind_of(self, shape: tuple[int, ...]) -> str:
-        """The ggml type of a tensor: norms stay as they are."""
-        return self.kind if len(shape) == 2 else "F32"
+    def kind_of(self, name: str) -> str:
+        """The ggml type of a tensor: norms and routers stay as they are."""
+        return "F32" if "_norm." in name or ROUTER in name else self.kind
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of all matrices: what one token touches."""
-        shapes = (shape for shape in self.tensors.values() if len(shape) == 2)
-        return sum(rows * row_bytes(self.kind, cols) for rows, cols in shapes)
+        """Bytes of all matrices: without experts what one token touches."""
+        shapes = (shape for name, shape in self.tensors.items() if "_norm." not in name)
+        return sum(math.prod(rows) * row_bytes(self.kind, cols) for *rows, cols in shapes)
 
     @property
     def prompt_weights(self) -> int:
@@ -70,8 +76,24 @@ class ProbeShape:
         The last block computes keys and values for all of them, the rest for that one.
         """
         width, ffn, kv = self.width, self.feed_forward, self.width // 4
-        block = 2 * width * width + 2 * kv * width + 3 * ffn * width
+        block = 2 * width * width + 2 * kv * width + (0 if self.experts else 3 * ffn * width)
         return (self.layers - 1) * block + width * width + 2 * kv * width
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of experts that each token of a prompt is multiplied with, likewise."""
+        return (self.layers - 1) * self._n_used * 3 * self.feed_forward * self.width
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the experts that a token is sent to."""
+        ffn, width = self.feed_forward, self.width
+        rows = 2 * ffn * row_bytes(self.kind, width) + width * row_bytes(self.kind, ffn)
+        return self.layers * self._n_used * rows
+
+    @property
+    def _n_used(self) -> int:
+        return N_USED if self.experts else 0
 
     @property
     def attention(self) -> int:
@@ -90,7 +112,11 @@ class ProbeModel(VirtualFile):
         weights = np.ones(PATTERN_COLS, np.float32) if TYPES[shape.kind].needs_imatrix else None
         matrix = quantize(shape.kind, 0.02 * rows, weights).tobytes()
         repeated = matrix * (PATTERN_BYTES // len(matrix) + 1)
-        self._patterns = [repeated if len(s) == 2 else ONES for s in shape.tensors.values()]
+        routes = (0.02 * rows).tobytes()  # which send tokens to all of the experts
+        self._patterns = [
+            ONES if "_norm." in name else routes if ROUTER in name else repeated
+            for name in shape.tensors
+        ]
 
     @property
     def size(self) -> int:
@@ -117,7 +143,7 @@ def _laid_out(shape: ProbeShape) -> tuple[bytes, list[int], list[int]]:
         _add_facts(writer, shape)
         sizes = []
         for name, extents in shape.tensors.items():
-            kind = TYPES[shape.kind_of(extents)]
+            kind = TYPES[shape.kind_of(name)]
             sizes.append(math.prod(extents[:-1]) * row_bytes(kind.name, extents[-1]))
             raw = gguf.GGMLQuantizationType(kind.id)
             stored = (*extents[:-1], row_bytes(kind.name, extents[-1]))
@@ -148,3 +174,6 @@ def _add_facts(writer: gguf.GGUFWriter, shape: ProbeShape) -> None:
     writer.add_rope_dimension_count(HEAD_SIZE)
     writer.add_vocab_size(shape.vocab)
     writer.add_tokenizer_model("none")
+    if shape.experts:
+        writer.add_expert_count(shape.experts)
+        writer.add_expert_used_count(N_USED)

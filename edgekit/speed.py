@@ -31,7 +31,9 @@ class Work:
     Attributes:
         weight_bytes: Of the weights that a token reads, by ggml type.
         head: The output head's ggml type, and its bytes, which ``weight_bytes`` has too.
-        prompt_weights: Number of weights that every token of a prompt is multiplied with, by type.
+        prompt_weights: Number of weights that every token of a prompt is multiplied with, by type,
+            those of experts aside.
+        expert_weights: Those of the experts that a token is sent to.
         attention: Elements of keys and values that a token reads for each one before it, in all
             heads: of layers that attend to everything, and of those with a window.
         window: Tokens that the latter attend to.
@@ -43,6 +45,7 @@ class Work:
     weight_bytes: Mapping[str, int]
     head: tuple[str, int]
     prompt_weights: Mapping[str, int]
+    expert_weights: Mapping[str, int]
     attention: tuple[int, int]
     window: int
     layers: int
@@ -65,20 +68,23 @@ def work_of(catalog: Catalog, plan: Plan) -> Work:
     names = {stack.name for stack in catalog.stacks}
     head = OUTPUT if OUTPUT in names else EMBEDDING
     last = f"blk.{shape.n_layers - 1}."
-    n_bytes, prompt = Counter[str](), Counter[str]()
+    n_bytes, prompt, experts = Counter[str](), Counter[str](), Counter[str]()
     for stack in catalog.stacks:
         if stack.name == EMBEDDING != head:  # one row of it
             continue
         tier = plan.depths.tier(stack.name)
-        used = _expert_share(catalog) if "_exps." in stack.name else 1.0
+        is_expert = "_exps." in stack.name
+        used = _expert_share(catalog) if is_expert else 1.0
         n_bytes[stack.type_at(tier)] += round(used * resident_bytes(stack, tier))
         is_late = stack.name.startswith(last) and not _FIRST.search(stack.name)
         if len(stack.shape) > 1 and stack.name != head and not is_late:
-            prompt[stack.type_at(tier)] += round(used * stack.n_weights)
+            counted = experts if is_expert else prompt
+            counted[stack.type_at(tier)] += round(used * stack.n_weights)
     return Work(
         weight_bytes=dict(n_bytes),
         head=_head(catalog, plan, head),
         prompt_weights=dict(prompt),
+        expert_weights=dict(experts),
         attention=_attention(catalog, shape),
         window=shape.window,
         layers=shape.n_layers,
@@ -116,8 +122,9 @@ def token_seconds(device: Device, work: Work, n_before: int = 0) -> float:
 
 def prompt_seconds(device: Device, work: Work, n_tokens: int) -> float:
     """Seconds until a prompt of ``n_tokens`` is read, attention to its own tokens included."""
-    rates = device.prompt_rates(work.model_bytes)
+    rates, experts = device.prompt_rates(work.model_bytes), device.expert_rates(work.model_bytes)
     per_token = sum(2 * n / rates.of(kind) for kind, n in work.prompt_weights.items())
+    per_token += sum(2 * n / experts.of(kind) for kind, n in work.expert_weights.items())
     per_token += work.layers * device.prompt_layer_seconds.value
     starts = range(0, n_tokens, work.batch)
     ends = [min(start + work.batch, n_tokens) for start in starts]

@@ -1,34 +1,52 @@
 """Budgets tried on this machine, beside what was predicted for them: `edgekit profile --measure`.
 
-The memory of a shared machine is faster in one minute than in the next. So each budget is tried in
-rounds, each time right behind a probe of the ggml types that its plan has, and of all rounds the
-one with the median ratio of measured to predicted counts, for tokens and for prompts. The profile
-predicts what weights, layers and attention cost. How much more a token of this model takes
-(routing, small matrices) is one factor: the median of the other budgets' measured over predicted
-seconds. So no budget's own timing is in its prediction.
+The memory of a shared machine is faster in one second than in the next. So each budget is timed in
+turns with models of the ggml types that its plan has, half a second each, and the turn with the
+median ratio of measured to predicted counts, for tokens and for prompts. The profile predicts what
+weights, layers and attention cost. How much more a token of this model takes (routing, small
+matrices) is one factor: the median of the other budgets' measured over predicted seconds. So no
+budget's own timing is in its prediction.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
 from edgekit import probe
 from edgekit.catalog import Catalog
+from edgekit.devices.memory import auto_budget
 from edgekit.devices.profile import Device
 from edgekit.manifest import Json
 from edgekit.plan import Plan
+from edgekit.probe_model import ProbeShape
+from edgekit.probe_timing import (
+    COMMON,
+    DEEP,
+    SHALLOW,
+    SMALL_WIDTH,
+    TYPES,
+    WIDTH,
+    Bench,
+    Timings,
+    deep_shape,
+    expert_pair,
+    large_shape,
+    small_pair,
+)
 from edgekit.progress import Progress
-from edgekit.speed import prompt_seconds, token_seconds, work_of
-from edgekit.trial import N_PROMPT, N_TOKENS, Trial, try_budget
+from edgekit.speed import Work, prompt_seconds, token_seconds, work_of
+from edgekit.trial import N_PROMPT, N_TOKENS, Running, Trial, running
 
-N_TRIALS, N_ROUNDS = 5, 5
-LEAST_SHARE = 0.02  # of a plan's bytes that a ggml type has, to be probed for it
+N_TRIALS, N_ROUNDS = 5, 3  # the changes of depth are tried in the first round
+N_TOKEN_TURNS, N_PROMPT_TURNS = 5, 3
+LEAST_SHARE = 0.02  # of a plan's bytes that a ggml type has, to be timed
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One trial, and what a probe just before it predicts from the model's bytes alone.
+    """One trial, and what models timed in turns with it predict from the bytes alone.
 
     Attributes:
         trial: What was measured.
@@ -78,7 +96,7 @@ def measured(catalog: Catalog, plans: Sequence[Plan], progress: Progress) -> Jso
     ]
     probed = probe.measured(Path(), progress)
     rounds = list[list[Attempt]]()
-    for n in range(N_ROUNDS):  # changes of depth are tried in the first one
+    for n in range(N_ROUNDS):
         progress.start("measure", len(chosen))
         rounds.append([])
         for plan in chosen:
@@ -95,24 +113,112 @@ def measured(catalog: Catalog, plans: Sequence[Plan], progress: Progress) -> Jso
 
 
 def _attempt(catalog: Catalog, plan: Plan, other: int | None, probed: probe.Measured) -> Attempt:
-    now = probe.timed_again(probed, _kinds(catalog, plan), plan.weights_bytes)
-    budget = plan.budget_bytes or plan.total_bytes
-    trial = try_budget(catalog.folder, budget, other, plan.context, plan.kv_type)
-    return attempt_of(catalog, plan, trial, probe.described("now", now))
+    budget, work = plan.budget_bytes or plan.total_bytes, work_of(catalog, plan)
+    n_prompt = min(N_PROMPT, plan.context // 2)
+    of_tokens, of_prompts = (Bench(s, probed.threads, keeps=_fits(s, plan)) for s in models(work))
+
+    def token() -> float:
+        return _token(_now(probed, of_tokens.with_tokens(probed.timings)), work, n_prompt)
+
+    def prompt() -> float:
+        return _prompt(_now(probed, of_prompts.with_prompts(probed.timings)), work, n_prompt)
+
+    with running(catalog.folder, budget, plan.context, plan.kv_type) as child:
+        planned, load_seconds = child.loaded()
+        child.prompt_seconds()  # warms up; tokens are drawn behind it
+        with of_tokens:
+            written = middle(turns(child.token_seconds, token, N_TOKEN_TURNS))
+        with of_prompts:
+            read = middle(turns(child.prompt_seconds, prompt, N_PROMPT_TURNS))
+        peak = child.peak_bytes()
+        resized, down, back = _changes(child, budget, other)
+    trial = Trial(
+        budget_bytes=budget,
+        planned_bytes=planned,
+        peak_bytes=peak,
+        load_seconds=load_seconds,
+        prompt_tokens_per_s=1 / read.measured,
+        decode_tokens_per_s=1 / written.measured,
+        resize_bytes=resized,
+        resize_seconds=down,
+        return_seconds=back,
+    )
+    return Attempt(trial, written.predicted, read.predicted)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Seconds, measured and predicted at about the same time."""
+
+    measured: float
+    predicted: float
+
+
+def turns(measure: Callable[[], float], predict: Callable[[], float], n: int) -> list[Turn]:
+    """Measure and predict in turns; a prediction goes with the mean of both its neighbours."""
+    found, before = list[Turn](), measure()
+    for _ in range(n):
+        predicted, after = predict(), measure()
+        found.append(Turn((before + after) / 2, predicted))
+        before = after
+    return found
+
+
+def middle(turns: Sequence[Turn]) -> Turn:
+    """The turn with the median ratio."""
+    return sorted(turns, key=lambda turn: turn.measured / turn.predicted)[len(turns) // 2]
 
 
 def attempt_of(catalog: Catalog, plan: Plan, trial: Trial, device: Device) -> Attempt:
     """A trial of ``plan`` beside what the profile of ``device`` says."""
     work, n_prompt = work_of(catalog, plan), min(N_PROMPT, plan.context // 2)
-    token = token_seconds(device, work, n_prompt + N_TOKENS // 2)
-    return Attempt(trial, token, prompt_seconds(device, work, n_prompt) / n_prompt)
+    return Attempt(trial, _token(device, work, n_prompt), _prompt(device, work, n_prompt))
 
 
-def _kinds(catalog: Catalog, plan: Plan) -> list[str]:
-    """The ggml types that make up most of what a token reads, of those that are probed."""
-    n_bytes = work_of(catalog, plan).weight_bytes
-    least = LEAST_SHARE * sum(n_bytes.values())
-    return [kind for kind in probe.TYPES if n_bytes.get(kind, 0) >= least]
+def _token(device: Device, work: Work, n_prompt: int) -> float:
+    return token_seconds(device, work, n_prompt + N_TOKENS // 2)
+
+
+def _prompt(device: Device, work: Work, n_prompt: int) -> float:
+    return prompt_seconds(device, work, n_prompt) / n_prompt
+
+
+def _now(probed: probe.Measured, timings: Timings) -> Device:
+    return probe.described("now", replace(probed, timings=timings))
+
+
+def _fits(shapes: Sequence[ProbeShape], plan: Plan) -> bool:
+    """Whether all of them may be in memory beside ``plan``, which is not loaded yet."""
+    room = auto_budget().n_bytes - plan.total_bytes
+    return sum(shape.weights_bytes for shape in shapes) < room
+
+
+def _changes(child: Running, budget: int, other: int | None) -> tuple[int, float, float]:
+    """Total bytes of the plan for ``other``, seconds to it and back."""
+    if other is None:
+        return 0, math.inf, math.inf
+    resized, down = child.resize(other)
+    return resized, down, child.resize(budget)[1]
+
+
+def models(work: Work) -> tuple[tuple[ProbeShape, ...], tuple[ProbeShape, ...]]:
+    """The models to time in turns with one that costs ``work``: for its tokens, for its prompts.
+
+    They are of the types that make up most of what a token reads. One that stays in the caches is
+    timed beside models that do.
+    """
+    least = LEAST_SHARE * sum(work.weight_bytes.values())
+    kinds = [kind for kind in TYPES if work.weight_bytes.get(kind, 0) >= least]
+    is_small = work.model_bytes <= probe.cache_bytes()
+    width = SMALL_WIDTH if is_small else WIDTH
+    experts = [kind for kind in kinds if kind in work.expert_weights]
+    mixed = (COMMON, *experts) if experts else ()
+    mixtures = [shape for kind in mixed for shape in expert_pair(kind, width)]
+    if is_small:
+        pairs = [shape for kind in (COMMON, *kinds) for shape in small_pair(kind)]
+        small = dict.fromkeys((DEEP, SHALLOW, *pairs))
+        return tuple(small), tuple(dict.fromkeys((*small, *mixtures)))
+    return tuple(map(deep_shape, kinds)), (*map(large_shape, kinds), *dict.fromkeys(mixtures))
 
 
 def typical(attempts: Sequence[Attempt]) -> Attempt:

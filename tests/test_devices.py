@@ -99,8 +99,12 @@ def test_small_models_have_rates_of_their_own():
     assert large.batch_rates(1 << 30) is batch and large.batch_rates(1) is small
     assert set(OPTIONAL) == {
         "batch_bytes_per_s", "small_bytes", "small_decode_bytes_per_s",
-        "small_prompt_operations_per_s",
+        "small_prompt_operations_per_s", "expert_operations_per_s", "small_expert_operations_per_s",
     }  # fmt: skip
+    expert = replace(large, expert_operations_per_s=batch, small_prompt_operations_per_s=limit)
+    assert expert.expert_rates(1 << 30) is batch and expert.expert_rates(1) is limit
+    assert large.expert_rates(1 << 30) is large.prompt_operations_per_s
+    assert replace(expert, small_expert_operations_per_s=small).expert_rates(1) is small
 
 
 @pytest.mark.parametrize(

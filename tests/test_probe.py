@@ -6,30 +6,33 @@ import pytest
 
 from edgekit.devices.memory import peak_rss_bytes
 from edgekit.devices.profile import as_toml, find_device
-from edgekit.llama import Context, open_model
-from edgekit.probe import (
+from edgekit.llama import Context, Listener, MemoryFile, open_model
+from edgekit.probe import Measured, described, least_disturbed, probe
+from edgekit.probe_model import ROUTER, ProbeModel, ProbeShape
+from edgekit.probe_timing import (
     CONTEXT,
     DEEP,
+    EXPERTS,
     N_PROMPT,
     SHALLOW,
     SHORT_BATCH,
+    SMALL_WIDTH,
     TYPES,
     WIDTH,
-    Measured,
+    Bench,
     Timing,
     deep_shape,
-    described,
+    expert_pair,
     large_shape,
-    least_disturbed,
-    probe,
     shapes,
+    small_pair,
     small_shape,
-    timed_again,
+    timed,
 )
-from edgekit.probe_model import ProbeModel, ProbeShape
 from edgekit.progress import Silent
 
 TINY = ProbeShape("Q4_K", 2, 256, 512, 256, 512)
+MIXTURE = ProbeShape("Q4_K", 2, 256, 512, 256, 512, EXPERTS)
 
 
 def whole(model: ProbeModel) -> bytes:
@@ -54,6 +57,7 @@ def test_it_is_a_gguf_to_the_reader_of_others(tmp_path, kind):
     }
     matrices = [t for t in reader.tensors if len(t.shape) == 2]
     assert sum(t.n_bytes for t in matrices) == shape.weights_bytes
+    assert shape.expert_weights == 0
     weights = gguf.dequantize(matrices[0].data, matrices[0].tensor_type)
     assert 0.015 < weights.std() < 0.025 and np.isfinite(weights).all()
 
@@ -69,24 +73,44 @@ def test_bytes_do_not_depend_on_how_they_are_read():
         assert piece == data[start : start + len(piece)]
 
 
-def test_llama_cpp_computes_with_it():
-    with open_model(ProbeModel(TINY)) as model, Context(model, 64, n_threads=1) as context:
+@pytest.mark.parametrize("shape", [TINY, MIXTURE])
+def test_llama_cpp_computes_with_it(shape):
+    with open_model(ProbeModel(shape)) as model, Context(model, 64, n_threads=1) as context:
         logits = context.decode([1, 2, 3])
-        assert model.n_parameters == sum(np.prod(s) for s in TINY.tensors.values())
+        assert model.n_parameters == sum(np.prod(s) for s in shape.tensors.values())
     assert np.isfinite(logits).all() and logits.std() > 0
+
+
+def test_a_mixture_sends_a_prompts_tokens_to_all_experts():
+    """Or llama.cpp would multiply few of them with many tokens each."""
+    data = whole(ProbeModel(MIXTURE))
+    with open_model(MemoryFile(data)) as model:
+        used = np.zeros(EXPERTS, int)
+
+        def chosen(_block: int, ids: np.ndarray) -> None:
+            used[ids] += 1
+
+        listener = Listener(MIXTURE.layers, EXPERTS, chosen, always=True)
+        with Context(model, 512, n_threads=1, listener=listener) as context:
+            for token in range(1, 129):
+                context.decode([token])
+    assert used.min() > 0.2 * used.mean()
+    assert MIXTURE.expert_weights == 2 * 3 * 512 * 256  # of one block: the last has one token
+    assert f"blk.0.{ROUTER}.weight" in MIXTURE.tensors
 
 
 def made_up(token: float, layer: float, read: float) -> tuple[Measured, float]:
     """Timings of a machine whose every cost is known."""
-    rate, operations, attention, batch_rate = 2e10, 4e11, 5e9, 8e9
+    rate, operations, attention, batch_rate, experts = 2e10, 4e11, 5e9, 8e9, 1.5e11
 
     def timing(shape: ProbeShape) -> Timing:
         single = token + shape.layers * layer + shape.weights_bytes / rate
         single += shape.attention * 256 / attention
         reading = N_PROMPT * (2 * shape.prompt_weights / operations + shape.layers * read)
-        batch = single
-        if shape.width == WIDTH:
-            batch += shape.weights_bytes / batch_rate - shape.weights_bytes / rate
+        reading += N_PROMPT * 2 * shape.expert_weights / experts
+        n_bytes = shape.used_bytes if shape.experts else shape.weights_bytes
+        batch = single - shape.weights_bytes / rate
+        batch += n_bytes / (batch_rate if shape.width == WIDTH else rate)
         cells = shape.attention * (CONTEXT - 256) / attention
         batches = N_PROMPT // SHORT_BATCH
         return Timing(single, single + cells, batch + reading, batches * batch + reading)
@@ -106,6 +130,9 @@ def test_costs_that_went_in_come_out():
         assert device.small_decode_bytes_per_s.of(kind) == pytest.approx(rate, rel=0.01)
         assert device.prompt_operations_per_s.of(kind) == pytest.approx(4e11, rel=0.02)
         assert device.batch_bytes_per_s.of(kind) == pytest.approx(8e9, rel=0.02)
+        assert device.small_prompt_operations_per_s.of(kind) == pytest.approx(4e11, rel=0.02)
+        assert device.expert_operations_per_s.of(kind) == pytest.approx(1.5e11, rel=0.02)
+        assert device.small_expert_operations_per_s.of(kind) == pytest.approx(1.5e11, rel=0.02)
 
 
 @pytest.mark.parametrize("late", [1e-3, 1e-1])  # attention costs nothing, or all of a token
@@ -123,16 +150,34 @@ def test_of_two_rounds_the_less_disturbed_counts():
     assert least_disturbed(rounds) == Timing(1.0, 4.0, 3.0, 6.0)
 
 
-@pytest.mark.parametrize("n_bytes", [1, 1 << 40])
-def test_what_is_timed_again_takes_the_place_of_what_was(monkeypatch, n_bytes):
-    """Large models only for a model that does not stay in the caches."""
-    measured, _ = made_up(5e-5, 2e-5, 4e-6)
-    monkeypatch.setattr("edgekit.probe._time", lambda *_: Timing(1.0, 2.0, 3.0, 4.0))
-    timings = timed_again(measured, ["BF16"], n_bytes).timings
-    changed = {shape for shape, timing in timings.items() if timing.token == 1.0}
-    assert changed >= {DEEP, SHALLOW, small_shape("BF16", 4, 256), small_shape("BF16", 4, 1024)}
-    assert ({large_shape("BF16"), deep_shape("BF16")} <= changed) == (n_bytes > 1)
-    assert timings.keys() == measured.timings.keys() and len(changed) == (4 if n_bytes == 1 else 6)
+def untimed(timing):
+    return {name for name, value in vars(timing).items() if np.isinf(value)}
+
+
+def test_a_model_is_timed_for_what_it_tells_alone():
+    assert untimed(timed(small_shape("Q4_K"), 1)) == {"batched_prompt"}
+    assert untimed(timed(expert_pair("Q4_K", SMALL_WIDTH)[0], 1)) == {
+        "token", "late_token", "batched_prompt",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_large_models_are_timed_for_tokens_or_for_prompts():
+    assert untimed(timed(deep_shape("Q4_K"), 2)) == {"prompt", "batched_prompt"}
+    assert untimed(timed(large_shape("Q4_K"), 2)) == {"token", "late_token"}
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_bench_times_its_models_anew_and_leaves_the_others(keeps):
+    narrow, wide = small_pair("Q4_K")
+    before = {shape: Timing(9.0, 9.0, 9.0, 9.0) for shape in (narrow, wide, SHALLOW)}
+    with Bench((narrow, wide), 1, keeps=keeps) as bench:
+        for _ in range(2):
+            tokens, prompts = bench.with_tokens(before), bench.with_prompts(before)
+    for shape in (narrow, wide):
+        assert 0 < tokens[shape].token < 1 and tokens[shape].prompt == 9.0
+        assert 0 < prompts[shape].prompt < 9 and prompts[shape].token == 9.0
+    assert tokens[SHALLOW] == prompts[SHALLOW] == before[SHALLOW]
 
 
 def test_large_models_do_not_fit_caches_and_small_ones_differ_in_weights_alone():

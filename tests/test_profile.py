@@ -4,25 +4,21 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from profiles import CURVES, EXPERTS, MORE, full_body, trial, with_facts, with_quality
+from profiles import CURVES, EXPERTS, MORE, full_body, with_facts, with_quality
 
 from edgekit.catalog import open_catalog, read_manifest
 from edgekit.cli import main
-from edgekit.devices.profile import device_names, find_device
+from edgekit.devices.profile import device_names
 from edgekit.errors import RefusedError
 from edgekit.footprint import kv_bytes
 from edgekit.plan import plan_budget, plan_tier, shape_in
 from edgekit.profile import profile, read_peers
-from edgekit.progress import Silent
 from edgekit.report import render
-from edgekit.trial import Trial
-from edgekit.trials import N_ROUNDS, Attempt, attempt_of, checks, measured, typical
 
 
 @pytest.fixture(scope="module")
@@ -148,76 +144,6 @@ def test_experts_are_drawn_where_the_manifest_tells_of_them(llama_artifact, tmp_
     folder = with_facts(llama_artifact, tmp_path / "edge", experts=EXPERTS | MORE)
     assert profile(folder, []).experts == EXPERTS
     assert profile(llama_artifact, []).experts == {}
-
-
-def test_a_prediction_takes_one_factor_from_the_other_budgets_and_nothing_from_its_own(artifact):
-    catalog, device = open_catalog(artifact), find_device("pixel-8")
-    rows = profile(artifact, [], context=512).budgets[::4]
-    plans = [plan_budget(catalog, row.budget_bytes, 512) for row in rows]
-    plain = [attempt_of(catalog, plan, trial(1000, 1.0), device) for plan in plans]
-    attempts = [
-        replace(
-            a,
-            trial=replace(
-                a.trial,
-                decode_tokens_per_s=1 / (1.5 * a.token),
-                prompt_tokens_per_s=1 / (0.8 * a.prompt),
-            ),
-        )
-        for a in plain
-    ]
-    rates = [a.trial.decode_tokens_per_s for a in attempts]
-    disturbed = replace(attempts[1].trial, decode_tokens_per_s=7.0)
-    attempts[1] = replace(attempts[1], trial=disturbed)
-    found = checks(attempts)
-    assert [c.decode_tokens_per_s for c in found] == pytest.approx(rates)
-    assert [c.prompt_tokens_per_s for c in found] == pytest.approx(
-        [a.trial.prompt_tokens_per_s for a in attempts]
-    )
-    alone = checks(attempts[:1])  # nothing to take a factor from
-    assert alone[0].decode_tokens_per_s == pytest.approx(1 / plain[0].token)
-
-
-def test_of_all_rounds_those_with_the_median_ratios_count():
-    """A slow machine is slow in both; one that changed in between is left out."""
-    speeds = ((50.0, 0.02, 0.5), (25.0, 0.05, 0.4), (99.0, 0.04, 0.3))
-    rounds = [
-        Attempt(replace(trial(1000, rate), load_seconds=load, peak_bytes=int(rate)), token, 0.01)
-        for rate, token, load in speeds
-    ]
-    found = typical(rounds)
-    assert (found.trial.decode_tokens_per_s, found.token) == (25.0, 0.05)
-    assert found.prompt == 0.01 and found.trial.prompt_tokens_per_s == 100.0
-    assert (found.trial.load_seconds, found.trial.peak_bytes) == (0.3, 99)
-
-
-def test_every_budget_is_tried_in_rounds_right_behind_a_probe_of_its_types(artifact, monkeypatch):
-    """The first round changes depths."""
-    catalog, device = open_catalog(artifact), find_device("pixel-8")
-    told = list[Any]()
-    plans = [plan_budget(catalog, n, 512) for n in (1 << 28, 1 << 29, 1 << 30)]
-
-    def timed_again(before: object, kinds: list[str], _n_bytes: int) -> object:
-        told.append(kinds)
-        return before
-
-    def try_budget(_folder: Path, budget: int, other: int | None, *_: Any) -> Trial:
-        told.append((budget, other))
-        resize = 0.1 if other else math.inf
-        return Trial(budget, budget, 990, 1.0, 100.0, 50.0, other or 0, resize, resize)
-
-    monkeypatch.setattr("edgekit.probe.measured", lambda *_: None)
-    monkeypatch.setattr("edgekit.probe.timed_again", timed_again)
-    monkeypatch.setattr("edgekit.probe.described", lambda *_: device)
-    monkeypatch.setattr("edgekit.trials.try_budget", try_budget)
-    trials = [c["trial"] for c in measured(catalog, plans, Silent())["checks"]]
-    budgets, others = [1 << 28, 1 << 29, 1 << 30], [1 << 30, 1 << 28, 1 << 29]
-    assert told[1::2][:3] == list(zip(budgets, others, strict=True))
-    assert told[1::2][3:] == (N_ROUNDS - 1) * [(budget, None) for budget in budgets]
-    for plan, kinds in zip(plans, told[::2], strict=False):
-        types = {s.type_at(plan.depths.tier(s.name)) for s in catalog.stacks if len(s.shape) > 1}
-        assert set(kinds) == types
-    assert [(t["resize_bytes"], t["return_seconds"]) for t in trials] == [(o, 0.1) for o in others]
 
 
 # The command

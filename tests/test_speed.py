@@ -79,6 +79,22 @@ def test_a_prompt_computes_keys_and_values_alone_in_the_last_block(llama):
     assert sum(work.prompt_weights.values()) == counted
 
 
+def test_experts_have_a_rate_of_their_own_in_a_prompt(moe_artifact):
+    catalog = open_catalog(moe_artifact)
+    work = work_of(catalog, plan_tier(catalog, "source"))
+    model, experts = catalog.manifest.model, [s for s in catalog.stacks if "_exps." in s.name]
+    used = model["qwen3moe.expert_used_count"] / model["qwen3moe.expert_count"]
+    last = f"blk.{work.layers - 1}."
+    n = used * sum(s.n_weights for s in experts if not s.name.startswith(last))
+    assert sum(work.expert_weights.values()) == pytest.approx(n, abs=len(experts)) and n > 0
+    device = only(expert_operations_per_s=1e6)
+    assert prompt_seconds(device, work, 100) == pytest.approx(100 * 2 * n / 1e6, rel=1e-3)
+    dense = 2 * sum(work.prompt_weights.values())
+    device = only(prompt_operations_per_s=1e6)  # of experts too where they have none
+    expected = 100 * (2 * n + dense) / 1e6
+    assert prompt_seconds(device, work, 100) == pytest.approx(expected, rel=1e-3)
+
+
 def test_bytes_over_bandwidth(llama):
     _, work = llama
     n = sum(work.weight_bytes.values())

@@ -343,6 +343,8 @@ FIGURE_UNITS = {
     "small_bytes": "size",
     "small_decode_bytes_per_s": "speed",
     "small_prompt_operations_per_s": "rate",
+    "expert_operations_per_s": "rate",
+    "small_expert_operations_per_s": "rate",
 }
 
 
