@@ -15,6 +15,7 @@ from virtual_files import Reader
 from edgekit.errors import EdgekitError, RefusedError, UnsupportedError
 from edgekit.exporters.gguf import read_header, tensor_offsets
 from edgekit.llama import Context, WeightMemory, capture_log, has_fopencookie, open_model
+from edgekit.llama.weight_memory import MemorySink
 
 needs_placing = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="weights are placed on Linux only"
@@ -121,6 +122,34 @@ def test_pages_are_large_where_weights_stay_and_small_where_they_come_and_go(
             assert ("nh" if name in paged else "hg") in facts["VmFlags"].split()
             is_there = any((ctypes.c_uint8 * span.n_bytes).from_address(span.address))
             assert is_there == (name not in paged)
+
+
+@needs_placing
+def test_bytes_of_a_file_find_their_tensors_and_what_has_no_place_is_passed_over(
+    path: Path,
+) -> None:
+    header, data = read_header(path), path.read_bytes()
+    offsets = tensor_offsets(header.tensors, header.alignment)
+    starts = {
+        t.name: header.data_offset + at for t, at in zip(header.tensors, offsets, strict=True)
+    }
+    unused, used = "blk.1.ffn_up.weight", "blk.1.ffn_gate.weight"
+    with open_model(Reader(data)) as model:
+        assert model.memory is not None
+        spans = model.memory.spans
+        left = spans.pop(unused)  # as one that llama.cpp does not create
+        sink = MemorySink(model.memory, header)
+        assert not sink.takes(0) and not sink.takes(starts[unused]) and sink.takes(starts[used])
+        assert sink.room(0, 10) is None and sink.room(starts[unused], 4) is None
+        room = sink.room(starts[used], spans[used].n_bytes)
+        assert room is not None and room.ctypes.data == spans[used].address
+        assert sink.room(starts[used], spans[used].n_bytes + 1) is None  # reaches beyond it
+        flipped = bytes(255 - byte for byte in data)
+        sink.put(0, memoryview(flipped))  # header, padding and all
+        for name, span in {**spans, unused: left}.items():
+            found = ctypes.string_at(span.address, span.n_bytes)
+            source = data if name == unused else flipped
+            assert found == source[starts[name] :][: span.n_bytes]
 
 
 @needs_placing

@@ -120,7 +120,7 @@ def _load_placed(
             raise
     model = Model(handle, header, memory)
     try:
-        memory.loaded(tensor.name for tensor in header.tensors)
+        memory.loaded()
         _write_all(source, MemorySink(memory, header), progress)
     except BaseException:
         model.close()

@@ -16,7 +16,7 @@ import mmap
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -150,17 +150,17 @@ class WeightMemory:
         if self._error is not None:
             raise self._error from cause
 
-    def loaded(self, names: Iterable[str]) -> None:
-        """Take the weights over from llama.cpp, which has placed them.
+    def loaded(self) -> None:
+        """Take the weights over from llama.cpp, which has placed those that it uses.
 
         Raises:
-            EdgekitError: It put one of ``names`` elsewhere.
+            EdgekitError: One that is paged is not among them.
         """
-        missing = sorted(set(names) - set(self.spans))
+        missing = sorted(self.paged - set(self.spans))
         if missing:
             raise EdgekitError(
-                f"llama.cpp did not put {missing[0]} where edgekit can fill it; "
-                "run with --residency mapped, and please report this"
+                f"llama.cpp did not put {missing[0]} where edgekit can page it; "
+                "run with --no-pager, and please report this"
             )
         for head, copy in self._copying:
             head.set_tensor = copy
@@ -216,15 +216,18 @@ class WeightMemory:
 
 
 class MemorySink:
-    """The weights in a `WeightMemory` by their places in a file; takes none that are paged."""
+    """The weights in a `WeightMemory` by their places in a file; takes none that are paged.
+
+    Nor those that llama.cpp has not placed: it does not use them.
+    """
 
     def __init__(self, memory: WeightMemory, header: Gguf) -> None:
-        """Take the tensors of a file with ``header`` that llama.cpp has placed."""
+        """Take the tensors of a file with ``header``, which is loaded."""
         offsets = tensor_offsets(header.tensors, header.alignment)
         self._places = [
             (header.data_offset + offset, memory.spans[tensor.name])
             for offset, tensor in zip(offsets, header.tensors, strict=True)
-            if tensor.name not in memory.paged
+            if tensor.name in memory.spans and tensor.name not in memory.paged
         ]
         self._starts = [start for start, _ in self._places]
 
