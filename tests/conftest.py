@@ -76,6 +76,16 @@ def llama_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def layered_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of six layers, so that budgets of whole MiB reach several depths."""
+    from converted import tiny, weighted
+
+    folder = tmp_path_factory.mktemp("layered")
+    checkpoint = tiny(folder / "checkpoint", dtype="bfloat16", width="wide", num_hidden_layers=6)
+    return weighted(checkpoint, folder / "artifact").artifact
+
+
+@pytest.fixture(scope="session")
 def moe_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3-MoE with narrow rows as an artifact of the default tiers; to be read only."""
     from converted import plain, tiny

@@ -1,11 +1,7 @@
 """Changes of depth in the middle of a conversation: bit for bit, back on failure, nothing left."""
 
 import errno
-import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,31 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
-from converted import plain, tiny, weighted
+from converted import plain, tiny
+from sessions import MIB, ROOMY, WARM, text
 
 import edgekit
-from edgekit import cache
 from edgekit.assembly import Assembly
 from edgekit.devices.pressure import Reading
-from edgekit.errors import DoesNotFitError, EdgekitError, RefusedError, UnknownNameError, UsageError
-from edgekit.llama import Context, Sampling
+from edgekit.errors import DoesNotFitError, EdgekitError, RefusedError, UsageError
+from edgekit.llama import Context
 from edgekit.llama.binding import binding
 from edgekit.plan import plan_budget
 from edgekit.session import Session
-
-MIB = 1 << 20
-ROOMY = 1 << 30
-WARM = Sampling(temperature=1.0, seed=3, ignore_eos=True)
+from edgekit.sink import Report, Sink
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Layers enough that budgets of whole MiB reach several depths."""
-    folder = tmp_path_factory.mktemp("session")
-    checkpoint = tiny(folder / "c", dtype="bfloat16", width="wide", num_hidden_layers=6)
-    return weighted(checkpoint, folder / "a").artifact
+@pytest.fixture
+def artifact(layered_artifact: Path) -> Path:
+    return layered_artifact
 
 
 @pytest.fixture(autouse=True)
@@ -59,10 +48,6 @@ def lowest(session: Session) -> int:
     with pytest.raises(DoesNotFitError) as error:
         session.resize(1)
     return int(str(error.value).rpartition("--budget ")[2].partition("MiB")[0]) * MIB
-
-
-def text(session: Session, n: int = 40, prompt: str = "The quick brown") -> str:
-    return "".join(session.generate(prompt, n, WARM))
 
 
 def read(monkeypatch: pytest.MonkeyPatch, look: Callable[[], Reading]) -> None:
@@ -151,7 +136,7 @@ def test_when_loading_fails_the_old_depth_and_the_conversation_come_back(
     opened = iter([True, False] * 2)
 
     class Broken(Assembly):
-        def write_to(self, descriptor: int, report: Callable[[int], None]) -> None:
+        def write_to(self, sink: Sink, report: Report) -> None:
             raise error
 
     def first_broken(*args: Any) -> Assembly:
@@ -374,98 +359,3 @@ def test_messages_reuse_what_the_context_has(artifact: Path, session: Session) -
         assert session.context.tokens == session.model.tokenize(prompt)
     whole = len(session.model.tokenize(words))
     assert n_read[0] == whole and max(n_read[1:]) <= 6 < whole
-
-
-@pytest.mark.parametrize("residency", ["mapped", "anon"])
-def test_mapped_and_decoded_weights_answer_alike(artifact: Path, residency: str) -> None:
-    with edgekit.load(artifact, ROOMY, 512, residency="anon", follow=False) as session:
-        expected = text(session)
-    with edgekit.load(artifact, ROOMY, 512, residency=residency, follow=False) as session:
-        assert text(session) == expected
-        files = [Path(m.path) for m in psutil.Process().memory_maps()]
-        assert any(cache.cache_folder() in f.parents for f in files) == (residency == "mapped")
-
-
-def test_auto_maps_what_the_cache_has_and_writes_nothing(
-    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path))
-    for made, residency in ((0, "auto"), (1, "mapped"), (1, "auto")):
-        with edgekit.load(artifact, ROOMY, 512, residency=residency, follow=False) as session:
-            text(session, 2)
-            maps = [m.path for m in psutil.Process().memory_maps() if str(tmp_path) in m.path]
-        assert len(list(tmp_path.glob("models/*.gguf"))) == made == len(maps)
-    (model,) = tmp_path.glob("models/*.gguf")
-    model.write_bytes(model.read_bytes()[:-1] + b"x")  # damaged: made anew
-    with edgekit.load(artifact, ROOMY, 512, residency="mapped", follow=False):
-        assert model.read_bytes()[-1:] != b"x"
-    model.unlink()
-
-    def made_meanwhile(n_bytes: int) -> None:  # by another process
-        model.write_bytes(bytes(n_bytes))
-
-    monkeypatch.setattr(cache, "make_room", made_meanwhile)
-    with edgekit.load(artifact, ROOMY, 512, residency="mapped", follow=False) as session:
-        assert len(text(session, 2)) > 0
-
-
-def test_repacking_is_counted_and_only_done_where_it_fits(artifact: Path) -> None:
-    with edgekit.load(artifact, ROOMY, 512, follow=False) as session:
-        plain = session.plan
-    with edgekit.load(artifact, ROOMY, 512, follow=False, repack=True) as session:
-        assert session.plan.repack and session.plan.total_bytes >= plain.total_bytes
-        assert len(text(session, 5)) > 0
-        session.resize(plain.total_bytes)  # nothing to spare, and depth is never paid for it
-        assert session.plan.depths == plain.depths
-        assert session.plan.repack == (plain.total_bytes >= session.plan.total_bytes)
-    with (
-        pytest.raises(UsageError, match="mapped weights cannot be repacked"),
-        edgekit.load(artifact, ROOMY, residency="mapped", repack=True),
-    ):
-        pass
-
-
-def test_unknown_words_are_refused(artifact: Path) -> None:
-    with (
-        pytest.raises(UnknownNameError, match="unknown residency 'maped'; did you mean 'mapped'"),
-        edgekit.load(artifact, ROOMY, residency="maped"),
-    ):
-        pass
-
-
-def test_a_closed_session_says_so(artifact: Path) -> None:
-    with edgekit.load(artifact, ROOMY, 512) as session:
-        pass
-    with pytest.raises(EdgekitError, match=r"no depth of .* is loaded"):
-        session.generate("x", 1)
-
-
-CYCLES = """
-import gc, json, sys
-import psutil
-import edgekit
-process, rows = psutil.Process(), []
-for cycle in range(100):
-    with edgekit.load(sys.argv[1], budget=1 << 30, context=256, follow=False) as session:
-        "".join(session.generate("The quick brown", 2))
-        session.resize(82 << 20)
-        session.resize(1 << 30)
-        "".join(session.generate("The quick brown fox", 2))
-    if cycle % 20 == 19:
-        gc.collect()
-        rows.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
-print(json.dumps([rows, len(session.changes), session.changes[0].after_bytes]))
-"""
-
-
-def test_a_hundred_cycles_leave_nothing(artifact: Path, tmp_path: Path) -> None:
-    """Load, resize down and up, close: neither memory nor descriptors nor files grow."""
-    command = [sys.executable, "-c", CYCLES, str(artifact)]
-    env = os.environ | {"TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
-    rows, n_changes, after_bytes = json.loads(done.stdout)
-    assert n_changes == 2 and after_bytes <= 82 * MIB
-    memory, descriptors, threads = zip(*rows, strict=True)
-    assert len(set(descriptors)) == 1 and len(set(threads)) == 1
-    assert memory[-1] - memory[0] <= 4 * MIB  # 80 cycles: a leak of 64 KiB each would show
-    assert os.listdir(tmp_path) == []
