@@ -30,7 +30,7 @@ from edgekit.stack import Level, Stack
 
 _NOTHING = memoryview(b"")
 _NO_ROOM = np.empty(0, np.uint8)
-RELEASE_EVERY = 4  # pieces after which the artifact's pages are handed back, some 20 MiB
+RELEASE_EVERY = 4  # pieces after which the artifact's pages are handed back, some 5 MiB
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,14 @@ class Piece:
         n_bytes: Its size.
         make: Gives the bytes, in the room that it is given, uint8, or elsewhere.
         room: Bytes of room that it needs.
+        largest: Bytes of room that the largest piece of its tensor needs.
     """
 
     offset: int
     n_bytes: int
     make: Callable[[ByteArray], memoryview]
     room: int = 0
+    largest: int = 0
 
 
 class Ahead:
@@ -201,8 +203,8 @@ class Assembly:
                 sink.put(piece.offset, piece.make(own_room(piece.room) if room is None else room))
             return piece.n_bytes
 
-        # what takes most room while it is made comes when least of the rest is there
-        order = sorted(self._pieces, key=lambda piece: -piece.room.bit_length())
+        # tensors that take most room while they are made come when least of the rest is there
+        order = sorted(self._pieces, key=lambda piece: -piece.largest.bit_length())
         n_written = 0
         with ThreadPoolExecutor(self._n_threads) as pool:
             written = [pool.submit(write, piece) for piece in order]
@@ -218,7 +220,10 @@ class Assembly:
     def _bytes_from(self, offset: int) -> memoryview:
         """The rest of the piece that has the byte at ``offset``."""
         index = bisect_right(self._offsets, offset) - 1
-        block = self._ahead.piece(index)[offset - self._offsets[index] :]
+        piece, at = self._pieces[index], offset - self._offsets[index]
+        if not piece.room:  # who reads the header alone wants nothing decoded
+            return piece.make(_NO_ROOM)[at:]
+        block = self._ahead.piece(index)[at:]
         self._n_done += 1
         if self._n_done % RELEASE_EVERY == 0:
             self._artifact.release()
@@ -248,9 +253,11 @@ class Assembly:
     def _chunks(self, stack: Stack, at: int) -> Iterator[Piece]:
         depth = stack.depth_of(self._depths.tier(stack.name))
         for expert in range(stack.n_experts):
-            for chunk in chunks_of(stack, depth, expert, self._artifact.manifest.chunk_weights):
+            chunks = list(chunks_of(stack, depth, expert, self._artifact.manifest.chunk_weights))
+            largest = max(chunk.n_bytes for chunk in chunks)
+            for chunk in chunks:
                 make = partial(self._decode, chunk)
-                yield Piece(at, chunk.n_bytes, make, room=chunk.n_bytes)
+                yield Piece(at, chunk.n_bytes, make, chunk.n_bytes, largest)
                 at += chunk.n_bytes
 
     def _decode(self, chunk: Chunk, room: ByteArray) -> memoryview:
