@@ -1,7 +1,7 @@
 """One depth of an artifact in llama.cpp, and the way from one depth to another.
 
-Weights are decoded from the artifact into memory that llama.cpp maps (``anon``): nothing is written
-to disk, nothing is held twice. Or they are written once into the cache and mapped (``mapped``):
+Weights are decoded from the artifact to where llama.cpp uses them (``anon``): nothing is written to
+disk, nothing is held twice. Or they are written once into the cache and mapped (``mapped``):
 clean pages, which the kernel may drop and which the next load finds again.
 
 A change of depth saves the conversation to an unnamed temporary file, frees the old depth, loads
