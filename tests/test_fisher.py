@@ -243,6 +243,7 @@ def peak_bytes(folder: Path, shape: Shape) -> int:
     return 1024 * json.loads(result.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     few = peak_bytes(tmp_path / "few", SHAPE)

@@ -182,7 +182,10 @@ def test_duplicated_neurons_are_removed_without_error(model_type: str, tmp_path:
     assert tuned < 2e-3 and tuned < cut_only / 50
 
 
-@pytest.mark.parametrize(("model_type", "metric"), [("llama", "condition"), ("mixtral", "taylor")])
+@pytest.mark.parametrize(
+    ("model_type", "metric"),
+    [("llama", "condition"), pytest.param("mixtral", "taylor", marks=pytest.mark.slow)],
+)
 def test_tuning_lowers_the_divergence(model_type: str, metric: str, tmp_path: Path) -> None:
     folder = tiny(tmp_path / "source", model_type, width="wide")
     asked = {"ratio": 0.22, "n_removed": 0, "metric": metric, "tokens": 4096}

@@ -70,6 +70,7 @@ def test_another_pruning_is_not_resumed_where_one_is_complete(
             prune(checkpoint, whole, Options(**(ASKED | other), resume=True))
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     run: Callable[..., dict[str, Any]], checkpoint: Path, whole: Path
 ) -> None:

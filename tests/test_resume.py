@@ -124,6 +124,7 @@ def test_so_does_bitstack(bitstack, home, moment):
     assert bitstack.ends_the_same(folder)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_also_while_measuring_it_ends_byte_identical(measured, home):
     """Early moments first: on a machine that has become faster the late ones come too late."""
     folder, rng, n_killed = home / "chain", random.Random(0), 0
