@@ -74,11 +74,16 @@ def _callback(lib: Any) -> Any:
     return lib.llama_log_callback(LOG.add)  # cached: llama.cpp keeps the pointer
 
 
+def take_log() -> None:
+    """Have llama.cpp log to `LOG` again: other code of the process may have set its own."""
+    lib = binding()
+    lib.llama_log_set(_callback(lib), ctypes.c_void_p(0))
+
+
 @contextmanager
 def capture_log() -> Iterator[list[str]]:
     """Collect every line that llama.cpp logs inside the block, at all levels."""
-    lib = binding()
-    lib.llama_log_set(_callback(lib), ctypes.c_void_p(0))  # other code may have set its own
+    take_log()
     lines: list[str] = []
     LOG.captures.append(lines)
     try:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from edgekit.errors import EdgekitError, UnsupportedError, UsageError
 from edgekit.exporters.gguf import Gguf, read_header, tensor_offsets
-from edgekit.llama.binding import LOG, binding
+from edgekit.llama.binding import LOG, binding, take_log
 from edgekit.llama.header_file import header_file
 from edgekit.llama.model import Model
 from edgekit.llama.stream import CookieFile, RawFile, VirtualFile, has_fopencookie, read_from
@@ -147,6 +147,7 @@ class _Load:
         return self.error is None
 
     def run(self, name: str, load: Callable[[Any], int | None]) -> int:
+        take_log()
         LOG.clear()
         handle = load(self.params)
         error = self.error or (self._cookie.error if self._cookie else None)
