@@ -119,10 +119,8 @@ class Opened:
         context.clear()
         context.decode([1])  # warms up
         context.clear()
-        if is_large:
-            tokens = late = _token_seconds(context, N_DECODES, DEEP_SECONDS)
-        else:
-            tokens = late = _token_seconds(context, N_SMALL)
+        n, least = (N_DECODES, DEEP_SECONDS) if is_large else (N_SMALL, 0.0)
+        tokens = late = _token_seconds(context, n, least)
         if self.shape == DEEP:
             context.decode(_prompt(CONTEXT - len(context.tokens) - N_DECODES))
             late = _token_seconds(context, N_DECODES)
@@ -130,8 +128,7 @@ class Opened:
 
     def with_prompt(self, timing: Timing) -> Timing:
         """``timing`` with a prompt at once timed, where this model tells something about it."""
-        is_deep = self.shape.width == WIDTH and self.shape == deep_shape(self.shape.kind)
-        if is_deep and self.shape != large_shape(self.shape.kind):
+        if self.shape == deep_shape(self.shape.kind) != large_shape(self.shape.kind):
             return timing
         return replace(timing, prompt=_prompt_seconds(self._context))
 

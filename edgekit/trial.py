@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -87,11 +87,9 @@ class Running:
 
     def _ask(self, words: str) -> Any:
         assert self._child.stdin is not None
-        try:
+        with suppress(OSError):  # it has ended; why is told below
             self._child.stdin.write(f"{words}\n")
             self._child.stdin.flush()
-        except OSError:  # it has ended; why is told below
-            pass
         return self._answer()
 
     def _answer(self) -> Any:

@@ -125,6 +125,16 @@ def test_pages_are_large_where_weights_stay_and_small_where_they_come_and_go(
 
 
 @needs_placing
+def test_a_llama_cpp_that_does_not_ask_where_weights_go_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would compute with zeros."""
+    monkeypatch.setattr("edgekit.llama.weight_memory._ALL", rb"no such tensor")
+    with pytest.raises(EdgekitError, match=r"does not put weights.*--residency mapped"):
+        open_model(Reader(path.read_bytes()))
+
+
+@needs_placing
 def test_bytes_of_a_file_find_their_tensors_and_what_has_no_place_is_passed_over(
     path: Path,
 ) -> None:

@@ -83,7 +83,7 @@ def open_model(
             return model
     if not has_fopencookie():
         return _load_spilled(source, header, params, progress)
-    return _load_cookie(source, header, params, progress)
+    return Model(_cookie_handle(source, header, params, progress), header)
 
 
 def _load_placed(
@@ -165,12 +165,6 @@ def _path_handle(path: Path, params: Any, mapped: bool, progress: Progress | Non
     encoded = os.fsencode(path)
     load = binding().llama_model_load_from_file
     return _Load(params, progress, None).run(str(path), lambda p: load(encoded, p))
-
-
-def _load_cookie(
-    source: VirtualFile, header: Gguf, params: Any, progress: Progress | None
-) -> Model:
-    return Model(_cookie_handle(source, header, params, progress), header)
 
 
 def _cookie_handle(

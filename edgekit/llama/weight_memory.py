@@ -154,8 +154,13 @@ class WeightMemory:
         """Take the weights over from llama.cpp, which has placed those that it uses.
 
         Raises:
-            EdgekitError: One that is paged is not among them.
+            EdgekitError: It has placed none here, or not one that is paged.
         """
+        if not self.spans:  # what it uses then is the hole in a file
+            raise EdgekitError(
+                "this build of llama.cpp does not put weights where edgekit makes them; install "
+                "llama-cpp-python 0.3.36, or run with --residency mapped"
+            )
         missing = sorted(self.paged - set(self.spans))
         if missing:
             raise EdgekitError(
