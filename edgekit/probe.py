@@ -70,7 +70,7 @@ def probe(folder: Path, name: str, progress: Progress, n_threads: int | None = N
 
 
 def measured(folder: Path, progress: Progress, n_threads: int | None = None) -> Measured:
-    """Time everything; takes four minutes, and 128 MiB of disk for a while.
+    """Time everything; takes three minutes, and 128 MiB of disk for a while.
 
     Args:
         folder: Where the storage is that artifacts will lie on.

@@ -58,7 +58,7 @@ def devices(ctx: click.Context, as_json: bool, verbose: bool) -> None:
 def probe(
     output: Path | None, force: bool, threads: int | None, as_json: bool, verbose: bool
 ) -> None:
-    """Measure this machine: memory, storage, and what llama.cpp makes of them; four minutes.
+    """Measure this machine: memory, storage, and what llama.cpp makes of them; three minutes.
 
     The profile says what is free now and how fast each ggml type decodes and reads prompts here.
     Give it to --device. Close other programs before.
