@@ -6,7 +6,9 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import gguf
@@ -18,6 +20,7 @@ from stock_llama import logits
 from edgekit import materialize as module
 from edgekit.artifact import Artifact, open_artifact
 from edgekit.assembly import Ahead, Assembly, Piece
+from edgekit.codecs.job import Chunk
 from edgekit.disk import write_at
 from edgekit.errors import DiskFullError, DoesNotFitError, RefusedError, UsageError
 from edgekit.exporters.gguf import tensor_offsets
@@ -93,6 +96,66 @@ def test_memory_is_filled_with_the_files_bytes_in_whatever_order(artifact: Path)
         assert got == data
         assert assembly.readinto(len(data) - 3, memoryview(got)) == 3
         assert assembly.readinto(len(data), memoryview(got)) == 0
+
+
+def test_reading_the_header_alone_decodes_nothing(
+    llama_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As loading does, which then has tensors made in an order of its own."""
+    made, decode = list[Chunk](), Assembly._decode
+
+    def counted(self: Assembly, chunk: Chunk, room: ByteArray) -> memoryview:
+        made.append(chunk)
+        return decode(self, chunk, room)
+
+    monkeypatch.setattr(Assembly, "_decode", counted)
+    with open_artifact(llama_artifact) as opened:
+        with Assembly(opened, mixed(opened), 2) as assembly:
+            assert len(assembly.read(0, assembly.gguf.data_offset)) == assembly.gguf.data_offset
+        assert made == []
+        with Assembly(opened, mixed(opened), 2) as assembly:
+            assembly.read(assembly.gguf.data_offset, 1)
+        assert made != []
+
+
+class Order:
+    """A sink that notes what comes when."""
+
+    def __init__(self) -> None:
+        self.offsets: list[int] = []
+
+    def takes(self, offset: int) -> bool:
+        return True
+
+    def room(self, offset: int, n_bytes: int) -> None:
+        return
+
+    def put(self, offset: int, data: memoryview) -> None:
+        self.offsets.append(offset)
+
+
+def test_tensors_with_large_chunks_come_first_and_every_tensor_in_one_go(
+    llama_artifact: Path,
+) -> None:
+    """A part that is opened twice is read twice, and what large chunks take comes on top."""
+    with open_artifact(llama_artifact) as opened:
+        chunk_weights = 10_240  # so that the last chunk of a matrix is smaller than the others
+        opened.manifest = replace(opened.manifest, chunk_weights=chunk_weights)
+        lowest = uniform(opened.stacks, lambda stack: stack.tiers[0])
+        with Assembly(opened, lowest) as assembly:
+            sink = Order()
+            assembly.write_to(sink, lambda n_bytes: None)
+            header = assembly.gguf
+    offsets = tensor_offsets(header.tensors, header.alignment)
+    spans = [
+        range(header.data_offset + offset, header.data_offset + offset + tensor.n_bytes)
+        for offset, tensor in zip(offsets, header.tensors, strict=True)
+    ]
+    tensors = [i for at in sink.offsets for i, span in enumerate(spans) if at in span]
+    in_turn = [i for i, _ in groupby(tensors)]
+    assert len(in_turn) == len(set(in_turn)) == len(header.tensors) < len(tensors)
+    classes = [min(header.tensors[i].n_weights, chunk_weights).bit_length() for i in in_turn]
+    assert classes[0] == max(classes) > classes[-1]
 
 
 def test_pieces_that_are_passed_over_are_made_once_all_the_same() -> None:
