@@ -42,12 +42,21 @@ setup(
                     "packing",
                     "slices",
                     "wide",
+                    "wide_codes",
                     "wide_float",
                 )
             ],
             depends=[
                 f"kernels/{name}.h"
-                for name in ("native", "blocks", "dealing", "shuffle", "units", "wide")
+                for name in (
+                    "native",
+                    "blocks",
+                    "dealing",
+                    "shuffle",
+                    "units",
+                    "wide",
+                    "wide_blocks",
+                )
             ],
             optional=True,
         )

@@ -7,10 +7,10 @@ chunks being decoded.
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from threading import Lock
 
 import numpy as np
@@ -30,6 +30,7 @@ from edgekit.stack import Level, Stack
 
 _NOTHING = memoryview(b"")
 _NO_ROOM = np.empty(0, np.uint8)
+REPORT_EVERY = 16  # pieces: waking up to tell of each one would stop a thread that decodes
 RELEASE_EVERY = 4  # pieces after which the artifact's pages are handed back, some 5 MiB
 
 
@@ -189,6 +190,7 @@ class Assembly:
         Raises:
             OSError: There is no room for it.
         """
+        counter = count(1)
         rooms = threading.local()  # fresh pages take longer than what is done with them
 
         def own_room(n_bytes: int) -> ByteArray:
@@ -201,6 +203,8 @@ class Assembly:
             if sink.takes(piece.offset):
                 room = sink.room(piece.offset, piece.room) if piece.room else _NO_ROOM
                 sink.put(piece.offset, piece.make(own_room(piece.room) if room is None else room))
+            if next(counter) % RELEASE_EVERY == 0:
+                self._artifact.release()
             return piece.n_bytes
 
         # tensors that take most room while they are made come when least of the rest is there
@@ -209,11 +213,11 @@ class Assembly:
         with ThreadPoolExecutor(self._n_threads) as pool:
             written = [pool.submit(write, piece) for piece in order]
             try:
-                for n_done, task in enumerate(written, 1):
-                    n_written += task.result()
+                for start in range(0, len(written), REPORT_EVERY):
+                    some = written[start : start + REPORT_EVERY]
+                    wait(some, return_when=FIRST_EXCEPTION)
+                    n_written += sum(task.result() for task in some)
                     report(n_written)
-                    if n_done % RELEASE_EVERY == 0:
-                        self._artifact.release()
             finally:
                 pool.shutdown(cancel_futures=True)
 

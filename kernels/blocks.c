@@ -3,16 +3,6 @@
  * All floats are float32, every operation rounded once: compile with -ffp-contract=off. */
 #include "blocks.h"
 
-INLINE float half_at(const uint8_t *p) {
-    const uint32_t h = p[0] | (uint32_t)p[1] << 8, sign = (h & 0x8000) << 16, rest = h & 0x7fff;
-    if (rest < 0x400) { /* subnormal: a multiple of 2**-24 */
-        const float f = (float)rest * (1.0f / 16777216.0f);
-        return sign ? -f : f;
-    }
-    return float_of(sign | (rest >= 0x7c00 ? 0x7f800000 | (rest & 0x3ff) << 13
-                                           : (rest << 13) + (112u << 23)));
-}
-
 /* One plane of n codes, see blocks.Plane: a function for each shape and shift, so that each
  * vectorizes. Of a code's planes the lowest is read first (OP is =), the others or-ed into it. */
 #define PLANE(BITS, RUN, SHIFT, OP)                                                                \
@@ -80,38 +70,11 @@ void blocks_write_codes(int type, int n, uint8_t *p, const uint8_t code[UNIT]) {
     PLANES(write)
 }
 
-INLINE uint32_t four_at(const uint8_t *p) {
-    uint32_t four;
-    memcpy(&four, p, 4);
-    return four;
-}
-
-/* The six-bit scales of Q3_K's 16 groups, four in a word. */
-INLINE void levels_of_q3(const uint8_t *p, uint8_t level[GROUPS]) {
-    const uint32_t low[2] = {four_at(p), four_at(p + 4)}, high = four_at(p + 8);
-    for (int k = 0; k < 4; k++) {
-        const uint32_t four = low[k % 2] >> (k / 2 * 4) & 0x0f0f0f0f;
-        const uint32_t whole = four | (high >> (2 * k) & 0x03030303) << 4;
-        memcpy(level + 4 * k, &whole, 4);
-    }
-}
-
-/* The six-bit scales, and then the offsets, of the eight double groups of Q4_K and Q5_K. */
-INLINE void levels_of_q4(const uint8_t *p, uint8_t level[16]) {
-    const uint32_t top = four_at(p + 8);
-    for (int k = 0; k < 2; k++) {
-        const uint32_t four = four_at(p + 4 * k);
-        const uint32_t first = four & 0x3f3f3f3f;
-        const uint32_t second = (top >> (4 * k) & 0x0f0f0f0f) | (four >> 2 & 0x30303030);
-        memcpy(level + 8 * k, &first, 4);
-        memcpy(level + 8 * k + 4, &second, 4);
-    }
-}
-
 /* Scale and offset of each group of a unit of n weights; in the order of operations of blocks.py. */
 FAST void blocks_read_scales(int type, int n, const uint8_t *p, float scale[GROUPS],
                              float offset[GROUPS]) {
     const int step = layout_of(type).block_bytes;
+    uint32_t four[4];
     uint8_t level[GROUPS];
     if (n < UNIT) memset(scale, 0, GROUPS * sizeof *scale);
     memset(offset, 0, GROUPS * sizeof *offset);
@@ -134,13 +97,15 @@ FAST void blocks_read_scales(int type, int n, const uint8_t *p, float scale[GROU
     }
     case T_Q3_K: {
         const float d = half_at(p + 108);
-        levels_of_q3(p + 96, level);
+        levels_of_q3(p + 96, four);
+        memcpy(level, four, sizeof level);
         for (int g = 0; g < GROUPS; g++) scale[g] = d * ((float)level[g] - 32.0f);
         break;
     }
     case T_Q4_K: case T_Q5_K: {
         const float d = half_at(p), m = half_at(p + 2);
-        levels_of_q4(p + 4, level);
+        levels_of_q4(p + 4, four);
+        memcpy(level, four, sizeof level);
         for (int g = 0; g < GROUPS; g++) scale[g] = d * (float)level[g / 2];
         for (int g = 0; g < GROUPS; g++) offset[g] = -(m * (float)level[8 + g / 2]);
         break;

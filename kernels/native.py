@@ -9,7 +9,7 @@ import ctypes
 import logging
 import os
 import threading
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,8 @@ class Native:
             getattr(library, f"nested_{name}").argtypes = [_Int, _Int, _Size, *[_Pointer] * 4]
             room = getattr(library, f"nested_{name}_room")
             room.argtypes, room.restype = [_Int, _Size], _Size
+        # called once for each size: every call lets other threads take Python's lock
+        self._decode_room = lru_cache(maxsize=64)(library.nested_decode_room)
         library.bitstack_add.argtypes = [*[_Size] * 4, *[_Pointer] * 4]
         library.bitstack_add.restype = None
         library.slices_encode.argtypes = [_Size, _Int, _Int, _Size, *[_Pointer] * 5]
@@ -125,7 +127,7 @@ class Native:
         keep, level = self._level(packed)
         failed = self._library.nested_decode(
             TYPES[parent_type].id, kind.id, n, parent.ctypes.data, child.ctypes.data,
-            ctypes.byref(level), self._room(self._library.nested_decode_room(kind.id, n)),
+            ctypes.byref(level), self._room(self._decode_room(kind.id, n)),
         )  # fmt: skip
         del keep
         if failed >= BAD_PATCH:

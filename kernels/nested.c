@@ -156,7 +156,7 @@ typedef struct {
 typedef struct {
     int parent_type, child_type, is_wide, n_codes; /* codes of a group where they are few, or 0 */
     layout_t layout;
-    size_t n, n_units, n_blocks, parent_unit, child_unit;
+    size_t n, n_units, n_blocks, per_unit, parent_unit, child_unit; /* per_unit: blocks */
     float value_of[8]; /* the parent's codes */
     orders_t orders;
 } way_t;
@@ -174,10 +174,11 @@ static int find_way(int parent_type, int child_type, size_t n, int is_plain, int
     way->n = n;
     way->n_units = (n + UNIT - 1) / UNIT;
     way->n_blocks = n / (size_t)layout.block;
+    way->per_unit = UNIT / (size_t)layout.block;
     way->parent_unit = unit_bytes(parent_type);
     way->child_unit = unit_bytes(child_type);
     way->is_wide = !is_plain && wide_supported();
-    if (!way->is_wide) make_orders(&way->orders, is_join);
+    if (!way->is_wide || (is_join && n % UNIT)) make_orders(&way->orders, is_join);
     return 1;
 }
 
@@ -195,9 +196,8 @@ INLINE void deal(const way_t *way, streams_t *to, size_t i, int n, const tile_t 
 }
 
 INLINE void collect(const way_t *way, streams_t *from, size_t i, int n, tile_t *tile) {
-    const uint8_t *class = tile->class + i * GROUPS;
-    if (way->is_wide) wide_collect(from, n, class, tile->marks[i], tile->residual[i]);
-    else collect_plain(from, n, class, tile->marks[i], tile->residual[i], &way->orders);
+    collect_plain(from, n, tile->class + i * GROUPS, tile->marks[i], tile->residual[i],
+                  &way->orders);
 }
 
 /* Weights of unit u: all but the last one are whole. */
@@ -206,23 +206,9 @@ INLINE int in_unit(const way_t *way, size_t u) {
     return n_left < UNIT ? (int)n_left : UNIT;
 }
 
-/* The scale bytes of units [first, last), from and to planes over all blocks of the call: by tiles,
- * so that a line of each plane is used whole. */
-INLINE void copy_rest(const way_t *way, size_t first, size_t last, uint8_t *child, uint8_t *rest,
-                      int is_join) {
-    const layout_t layout = way->layout;
-    const size_t per_unit = UNIT / (size_t)layout.block;
-    const size_t n = (last < way->n_units ? last * per_unit : way->n_blocks) - first * per_unit;
-    child += first * way->child_unit;
-    rest += first * per_unit;
-    for (int r = 0; r < 2; r++)
-        for (int k = 0; k < layout.n_scale[r]; k++, rest += way->n_blocks) {
-            uint8_t *at = child + layout.scale_at[r] + k;
-            for (size_t b = 0; b < n; b++, at += layout.block_bytes) {
-                if (is_join) *at = rest[b];
-                else rest[b] = *at;
-            }
-        }
+/* Blocks of units [first, last). */
+INLINE size_t blocks_in(const way_t *way, size_t first, size_t last) {
+    return (last < way->n_units ? last * way->per_unit : way->n_blocks) - first * way->per_unit;
 }
 
 INLINE void predict_codes(const way_t *way, int n_codes, size_t n_units, const uint8_t *parent,
@@ -285,7 +271,8 @@ FAST int split_codes(int parent_type, int child_type, size_t n, const uint8_t *p
                   level->limits);
     for (size_t first = 0; first < way.n_units; first += TILE) {
         const size_t last = way.n_units - first < TILE ? way.n_units : first + TILE;
-        copy_rest(&way, first, last, child, level->rest, 0);
+        read_rest(way.layout, blocks_in(&way, first, last), way.n_blocks,
+                  child + first * way.child_unit, level->rest + first * way.per_unit);
         predict_tile(&way, level->limits, first, last, parent, child, &tile);
         for (size_t i = 0; i < last - first; i++) {
             const int m = in_unit(&way, first + i);
@@ -303,9 +290,19 @@ FAST int join_codes(int parent_type, int child_type, size_t n, const uint8_t *pa
     way_t way;
     tile_t tile;
     if (!find_way(parent_type, child_type, n, level->is_plain, 1, &way)) return BAD_TYPE;
-    for (size_t first = 0; first < way.n_units; first += TILE) {
+    const size_t n_wide = way.is_wide ? n / UNIT : 0;
+    for (size_t first = 0; first < n_wide; first += WIDE_TILE) {
+        const size_t n_left = n_wide - first;
+        const int bad = wide_join_codes(
+            parent_type, child_type, n_left < WIDE_TILE ? n_left : WIDE_TILE, way.n_blocks,
+            parent + first * way.parent_unit, child + first * way.child_unit,
+            level->rest + first * way.per_unit, level->limits, streams);
+        if (bad) return bad;
+    }
+    for (size_t first = n_wide; first < way.n_units; first += TILE) {
         const size_t last = way.n_units - first < TILE ? way.n_units : first + TILE;
-        copy_rest(&way, first, last, child, level->rest, 1);
+        write_rest(way.layout, blocks_in(&way, first, last), way.n_blocks,
+                   child + first * way.child_unit, level->rest + first * way.per_unit);
         predict_tile(&way, level->limits, first, last, parent, child, &tile);
         for (size_t i = 0; i < last - first; i++) {
             const int bad = streams_check(streams, CODE_STREAMS);

@@ -43,6 +43,26 @@ INLINE size_t unit_bytes(int type) {
     return (size_t)(UNIT / layout.block * layout.block_bytes);
 }
 
+/* The scale bytes of n blocks at child, to planes over n_blocks blocks or from them: a few blocks at
+ * a time, so that a line of each plane is used whole. */
+INLINE void read_rest(layout_t layout, size_t n, size_t n_blocks, const uint8_t *child,
+                      uint8_t *rest) {
+    for (int r = 0; r < 2; r++)
+        for (int k = 0; k < layout.n_scale[r]; k++, rest += n_blocks) {
+            const uint8_t *at = child + layout.scale_at[r] + k;
+            for (size_t b = 0; b < n; b++, at += layout.block_bytes) rest[b] = *at;
+        }
+}
+
+INLINE void write_rest(layout_t layout, size_t n, size_t n_blocks, uint8_t *child,
+                       const uint8_t *rest) {
+    for (int r = 0; r < 2; r++)
+        for (int k = 0; k < layout.n_scale[r]; k++, rest += n_blocks) {
+            uint8_t *at = child + layout.scale_at[r] + k;
+            for (size_t b = 0; b < n; b++, at += layout.block_bytes) *at = rest[b];
+        }
+}
+
 /* A parent is float32 weights or has a layout, in whole blocks. */
 INLINE int is_parent(int type, size_t n) {
     const int block = layout_of(type).block;

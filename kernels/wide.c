@@ -1,6 +1,5 @@
-/* Predictions, and dealing out and collecting residuals, with AVX-512: the same results as
- * predict_plain in nested.c and dealing.h, which run elsewhere. A compressing or expanding move does
- * it for a whole group. */
+/* Predictions, and dealing out residuals, with AVX-512: the same results as predict_plain in
+ * nested.c and deal_plain, which run elsewhere. A compressing move does it for a whole group. */
 #include "wide.h"
 
 #ifdef WIDE
@@ -8,7 +7,7 @@
 int wide_supported(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2") &&
            __builtin_cpu_supports("popcnt");
 }
 
@@ -32,31 +31,9 @@ WIDE void wide_predict(int n, const float *exact, layout_t layout, uint8_t *pred
     }
 }
 
-/* From memory an expanding move takes twice as long as from a register. */
-WIDE_INLINE __m128i expand(__mmask16 where, const uint8_t *at) {
-    __m128i bytes = _mm_loadu_si128((const __m128i *)at);
-    __asm__("" : "+v"(bytes));
-    return _mm_maskz_expand_epi8(where, bytes);
-}
-
 WIDE_INLINE __mmask16 far_of(const uint8_t marks[GROUP]) {
     const __m128i far = _mm_set1_epi8(MARK_FAR);
     return _mm_test_epi8_mask(_mm_loadu_si128((const __m128i *)marks), far);
-}
-
-WIDE void wide_collect(streams_t *from, int n, const uint8_t class[GROUPS],
-                       const uint8_t marks[UNIT], uint8_t residual[UNIT]) {
-    counts_t done = {0, 0};
-    for (int g = 0; g < n; g++) {
-        const int c = class[g];
-        const __mmask16 far = far_of(marks + g * GROUP);
-        const uint64_t n_far = (uint64_t)_mm_popcnt_u32(far);
-        const __m128i near_ones = expand(_knot_mask16(far), near_at(from, done, c));
-        const __m128i both = _mm_or_si128(near_ones, expand(far, far_at(from, done, c)));
-        _mm_storeu_si128((__m128i *)(residual + g * GROUP), both);
-        done = counted(done, c, n_far);
-    }
-    advance(from, done);
 }
 
 WIDE void wide_deal(streams_t *to, int n, const uint8_t class[GROUPS], const uint8_t marks[UNIT],
@@ -82,11 +59,6 @@ int wide_supported(void) { return 0; }
 void wide_predict(int n, const float *exact, layout_t layout, uint8_t *predicted,
                   uint8_t *marks) {
     (void)n, (void)exact, (void)layout, (void)predicted, (void)marks;
-}
-
-void wide_collect(streams_t *from, int n, const uint8_t class[GROUPS], const uint8_t marks[UNIT],
-                  uint8_t residual[UNIT]) {
-    (void)from, (void)n, (void)class, (void)marks, (void)residual;
 }
 
 void wide_deal(streams_t *to, int n, const uint8_t class[GROUPS], const uint8_t marks[UNIT],

@@ -7,7 +7,7 @@
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
 #include <immintrin.h>
 
-#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,bmi2,popcnt")))
+#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,bmi2,popcnt")))
 #define WIDE_INLINE WIDE INLINE
 #endif
 
@@ -17,11 +17,16 @@ int wide_supported(void);
 /* Predictions and marks of n values, a multiple of 16. */
 void wide_predict(int n, const float *exact, layout_t layout, uint8_t *predicted, uint8_t *marks);
 
-/* The residuals of n groups to the streams of their classes, each weight's by its mark, and back. */
+/* The residuals of n groups to the streams of their classes, each weight's by its mark. */
 void wide_deal(streams_t *to, int n, const uint8_t class[GROUPS], const uint8_t marks[UNIT],
                const uint8_t residual[UNIT]);
-void wide_collect(streams_t *from, int n, const uint8_t class[GROUPS], const uint8_t marks[UNIT],
-                  uint8_t residual[UNIT]);
+
+/* join_codes of n whole units, WIDE_TILE at most, the first of n_blocks blocks at child and rest.
+ * Returns 1 + a stream that was read beyond its end, or 0. */
+enum { WIDE_TILE = 16 };
+int wide_join_codes(int parent_type, int child_type, size_t n, size_t n_blocks,
+                    const uint8_t *parent, uint8_t *child, const uint8_t *rest,
+                    const uint32_t limits[3], streams_t *streams);
 
 /* Streams of BF16 whose residuals fit in a byte each where the parent is the child rounded: half a
  * step is at most a quarter of these weights, 64 units in the last place. */

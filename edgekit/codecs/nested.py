@@ -90,12 +90,14 @@ def decode_chunk(
     """
     with memoryview(payload).cast("B") as view:
         header = _read_header(child_type, view, n_weights)
-        frames = _frames(header, view)
-        digits = [
-            _decompress(next(frames), digit_bytes(s.width, s.n_residuals)) for s in header.streams
-        ]
-        patches = _decompress(next(frames), 4 * sum(s.n_patches for s in header.streams))
-        rest = _decompress(next(frames), nested.rest_bytes(child_type, n_weights))
+        *digits, patches, rest = _decompress(
+            list(_frames(header, view)),
+            [
+                *(digit_bytes(s.width, s.n_residuals) for s in header.streams),
+                4 * sum(s.n_patches for s in header.streams),
+                nested.rest_bytes(child_type, n_weights),
+            ],
+        )
     streams = _split_patches(header.streams, digits, patches)
     level = Level(np.array(header.limits, np.uint32), streams, rest)
     return nested.decode(parent_type, child_type, parent, level, n_weights, out)
@@ -192,17 +194,20 @@ def _compress(compressor: zstandard.ZstdCompressor, data: ByteArray) -> bytes:
     return bytes(compressor.compress(data.tobytes())) if len(data) else b""
 
 
-def _decompress(frame: memoryview, size: int) -> ByteArray:
-    """Decompress a frame that must hold ``size`` bytes; its own claim is checked first."""
-    if not size and not len(frame):
-        return np.zeros(0, np.uint8)
+def _decompress(frames: list[memoryview], sizes: list[int]) -> list[ByteArray]:
+    """Decompress frames that must hold ``sizes`` bytes; their own claims are checked first.
+
+    One right after the other: each time other threads take Python's lock, and may keep it.
+    """
     if not hasattr(_thread, "decompressor"):
         _thread.decompressor = zstandard.ZstdDecompressor()
     try:
-        claimed = zstandard.frame_content_size(frame)
-        data = _thread.decompressor.decompress(frame) if claimed == size else b""
+        claims = [zstandard.frame_content_size(frame) if frame else 0 for frame in frames]
+        if claims != sizes:
+            claim, size = next(c for c in zip(claims, sizes, strict=True) if c[0] != c[1])
+            raise RefusedError(f"a level holds a zstd frame of {claim} bytes where {size} belong")
+        filled = list(map(_thread.decompressor.decompress, filter(None, frames)))
     except zstandard.ZstdError as error:
         raise RefusedError(f"a level holds a damaged zstd frame: {error}") from error
-    if len(data) != size:
-        raise RefusedError(f"a level holds a zstd frame of {claimed} bytes where {size} belong")
-    return np.frombuffer(data, np.uint8)
+    blocks = iter(filled)
+    return [np.frombuffer(next(blocks) if frame else b"", np.uint8) for frame in frames]

@@ -15,7 +15,16 @@ import pytest
 from edgekit.kernels import ggml, nested
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-SOURCES = ("blocks", "level", "nested", "nested_float", "packing", "wide", "wide_float")
+SOURCES = (
+    "blocks",
+    "level",
+    "nested",
+    "nested_float",
+    "packing",
+    "wide",
+    "wide_codes",
+    "wide_float",
+)
 FLAGS = ["-std=gnu11", "-O2", "-ffp-contract=off", "-fno-wrapv", "-static"]
 # compiler, and what runs its programs here
 MACHINES = {
