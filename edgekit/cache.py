@@ -50,6 +50,8 @@ def model_path(hashes: Sequence[str], tiers: Mapping[str, str]) -> Path:
 
 def has_model(path: Path) -> bool:
     """Whether the model at ``path`` is there and as it was written; another one is removed."""
+    if not _stamp(path).exists():
+        return False  # another process may be about to vouch for it; who makes it anew replaces it
     try:
         is_sound = json.loads(_stamp(path).read_bytes()) == identity(path.stat())
     except (OSError, ValueError):
@@ -115,7 +117,8 @@ def make_room(n_bytes: int) -> None:
 
 
 def _last_use(path: Path) -> float:
-    return _stamp(path).stat().st_mtime if _stamp(path).exists() else 0.0
+    seen = _stamp(path)
+    return (seen if seen.exists() else path).stat().st_mtime
 
 
 def _sweep(folder: Path) -> None:

@@ -36,7 +36,13 @@ from edgekit.onnx.export import decoder_in, export_onnx, onnx_model, require_onn
 from edgekit.onnx.feedback import Feedback
 from edgekit.onnx_part import FOLDER
 from edgekit.progress import Progress
-from edgekit.provenance import artifact_name, source_files, statistics_json, tool_versions
+from edgekit.provenance import (
+    artifact_name,
+    pruning_of,
+    source_files,
+    statistics_json,
+    tool_versions,
+)
 from edgekit.publish import Encoded, move_into_place, publish, write_manifest
 from edgekit.reserve import measure_memory
 from edgekit.routing.gguf_keys import expert_metadata
@@ -308,13 +314,14 @@ class _Conversion:
         )
 
     def _source(self, hashes: list[Json]) -> Json:
-        license_ = self.metadata.get("general.license")
+        license_, pruned = self.metadata.get("general.license"), pruning_of(self.checkpoint)
         return {
             "name": self.checkpoint.folder.resolve().name,
             "license": license_.value if license_ else None,
             "files": hashes,
             "config": dict(self.checkpoint.config),
             "unused_tensors": list(self.mapping.unused),
+            **({"pruned": pruned} if pruned else {}),
         }
 
     def _publish(self, tensors: list[Encoded], facts: Manifest, imatrix: Imatrix | None) -> None:

@@ -53,13 +53,17 @@ def require_made_by(output: Path, options: Options, files: dict[str, int] | None
         files: Bytes of the checkpoint's weight files; ``None`` compares none.
 
     Raises:
-        UsageError: It has other tiers, another codec, or comes from other weights.
+        UsageError: It has other tiers or another codec, comes from other weights, or was pruned
+            otherwise.
     """
     manifest = read_manifest(output)
     tiers = options.tiers if "gguf" in options.formats else ()
     weights = {f["name"]: f["bytes"] for f in manifest.source["files"]}
     same = (manifest.codec, manifest.tiers) == (options.codec, tiers)
     same = same and (manifest.onnx is not None) == ("onnx" in options.formats)
+    if options.prune:
+        pruned = manifest.source.get("pruned") or {}
+        same = same and pruned.get("ratio_asked") == options.prune
     if same and (files is None or files.items() <= weights.items()):
         return
     raise UsageError(

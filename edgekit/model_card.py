@@ -110,6 +110,18 @@ def _use(m: Manifest) -> list[str]:
     return lines
 
 
+def _pruning(m: Manifest) -> list[str]:
+    pruned = m.source.get("pruned")
+    if not pruned:
+        return []
+    return [
+        "",
+        f"The source had been pruned: {pruned['ratio']:.1%} of the parameters of the model",
+        f"before are gone, at a KL divergence of {pruned['kl_mean']:.4g} nats from it. What",
+        "budgets buy is measured against the pruned model, so that comes on top.",
+    ]
+
+
 def _origin(m: Manifest) -> list[str]:
     licence = m.source.get("license") or "not stated by the source"
     files = [
@@ -124,6 +136,7 @@ def _origin(m: Manifest) -> list[str]:
         "",
         f"Source `{m.source.get('name')}`, licence {licence}; quantized with {statistics};",
         f"edgekit {m.tool.get('edgekit')}, llama-cpp-python {m.tool.get('llama_cpp_python')}.",
+        *_pruning(m),
         "",
         *files,
     ]

@@ -6,12 +6,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 from edgekit import __version__
-from edgekit.checkpoint import Checkpoint, contained
+from edgekit.checkpoint import Checkpoint, contained, read_json
+from edgekit.errors import RefusedError
 from edgekit.imatrix import Imatrix
 from edgekit.manifest import Json
 from edgekit.sensitivity import Fisher
 
 PACKAGES = ("llama_cpp_python", "gguf", "numpy", "zstandard")
+PRUNING = "pruning.json"  # in a checkpoint that `edgekit prune` wrote: what was done, and lost
+_PRUNED = {"ratio_asked": float, "ratio": float, "metric": str, "kl_mean": float}  # what is told
 SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt")
 
 
@@ -34,6 +37,16 @@ def source_files(checkpoint: Checkpoint) -> list[Json]:
         size = path.stat().st_size
         rows.append({"name": entry.name, "bytes": size, "sha256": file_hash(path)})
     return rows
+
+
+def pruning_of(checkpoint: Checkpoint) -> Json | None:
+    """What was removed from a checkpoint before, or None where nothing is known of that."""
+    try:
+        body = read_json(checkpoint.folder, PRUNING)
+    except RefusedError:  # there is none, or one of another tool
+        return None
+    told = {key: body.get(key) for key in _PRUNED}
+    return told if all(isinstance(told[key], kind) for key, kind in _PRUNED.items()) else None
 
 
 def file_hash(path: Path) -> str:

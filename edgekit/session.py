@@ -160,13 +160,14 @@ class Session:
             after: The prompt, a text, comes behind what the context holds.
             anew: Compute all of the prompt, also what the context has of it: the answer then does
                 not depend on what was asked before, to the last bit.
-            check: Called before each call of llama.cpp; what it raises ends the generation.
+            check: Called before each call of llama.cpp and while memory is waited for; what it
+                raises ends the generation.
 
         Raises:
             UsageError: The prompt is empty, or there are messages and no chat template.
             TooLongError: The prompt is longer than the context.
         """
-        self.adapt(n)
+        self.adapt(n, check=check)
         ids = self._behind(str(prompt)) if after else self._ids(prompt, chat)
         self._make_room(len(ids) + n)
         if len(ids) > self.context.n_ctx:
@@ -181,7 +182,7 @@ class Session:
         def between(need: int) -> Context:
             if check is not None:
                 check()
-            self.adapt(need)
+            self.adapt(need, check=check)
             return self.context
 
         return generate(self.context, rest, n, sampling, stop=stop, between=between)
@@ -222,12 +223,18 @@ class Session:
         self._governor = self._governed(budget, is_cap=True)
         return plan
 
-    def adapt(self, need: int = 0, reading: Reading | None = None) -> None:
+    def adapt(
+        self,
+        need: int = 0,
+        reading: Reading | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> None:
         """Do what `request` and memory pressure ask for; generating calls it, call it when idle.
 
         Args:
             need: Tokens about to come; context beyond them may be given up.
             reading: Of memory; ``None`` looks itself, at most every `POLL_SECONDS`.
+            check: Called again and again while it waits for memory; what it raises ends that.
 
         Raises:
             DoesNotFitError: Everything was given up and memory did not come back in a minute.
@@ -247,6 +254,8 @@ class Session:
                     f"of {self.artifact.folder} does not fit; close other programs"
                 )
             time.sleep(POLL_SECONDS)
+            if check is not None:
+                check()
             while self._pending:
                 self._obey(*self._pending.popleft())
             self._follow(self._governor, read_pressure(), need)

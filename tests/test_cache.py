@@ -57,6 +57,20 @@ def test_a_file_that_is_not_as_it_was_written_is_thrown_away(damage: str) -> Non
     assert not path.exists() and not path.with_suffix(".stamp").exists()
 
 
+def test_a_model_that_nobody_vouches_for_yet_is_left_to_the_process_that_wrote_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE_LIMIT", "700")
+    old, path = put(300, "old"), cache.model_path(("a",), {"t": "Q4_K"})
+    os.utime(old.with_suffix(".stamp"), (1000, 1000))
+    path.write_bytes(bytes(300))
+    assert not cache.has_model(path)
+    cache.make_room(300)
+    assert path.exists() and not old.exists()
+    cache.stamp(path)
+    assert cache.has_model(path)
+
+
 def test_a_model_that_another_process_removed_is_not_vouched_for() -> None:
     path = put(100, "a")
     path.unlink()

@@ -1,6 +1,7 @@
 """``edgekit prune`` and ``convert --prune``: input, output, dry runs, the report."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ import pytest
 from click.testing import CliRunner
 from converted import tiny
 
+from edgekit.catalog import read_manifest
+from edgekit.checkpoint import Checkpoint
 from edgekit.cli import main
+from edgekit.provenance import PRUNING, pruning_of
 from edgekit.prune_report import verdict
 from edgekit.pruning import choose, compare
 from edgekit.pruning.compare import ROWS, Comparison, Row
@@ -113,6 +117,32 @@ def test_convert_with_prune_equals_pruning_and_then_converting(
     for path in (tmp_path / "one").glob("*.[gl]*"):  # the GGUF and the levels
         assert path.read_bytes() == (tmp_path / "both" / path.name).read_bytes()
     assert not list(tmp_path.glob(".*"))
+    told = json.loads((tmp_path / "tiny-pruned" / "pruning.json").read_text())
+    for name in ("both", "one"):
+        pruned = read_manifest(tmp_path / name).source["pruned"]
+        assert pruned == {key: told[key] for key in ("ratio_asked", "ratio", "metric", "kl_mean")}
+        assert (
+            f"{told['ratio']:.1%} of the parameters" in (tmp_path / name / "README.md").read_text()
+        )
+    shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "both")])
+    assert "of the parameters before" in shown.stdout
+
+    again = ["convert", str(checkpoint), "-o", str(tmp_path / "both"), *tail, *more, "--resume"]
+    done = CliRunner().invoke(main, [*again, "--prune", "0.22"])
+    assert done.exit_code == 0 and "is complete; nothing to resume" in done.stderr
+    refused = CliRunner().invoke(main, [*again, "--prune", "0.3"])
+    assert (
+        refused.exit_code == 2
+        and "was made from another checkpoint or with other" in refused.stderr
+    )
+
+
+def test_what_is_no_pruning_of_ours_is_not_told(checkpoint: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    for text in ("{", "[]", '{"ratio": 0.3}', '{"ratio_asked": 0.3, "ratio": "a", "metric": "b"}'):
+        (other / PRUNING).write_text(text)
+        assert pruning_of(Checkpoint.open(other)) is None
 
 
 def test_the_verdict_says_when_quantization_alone_is_better() -> None:

@@ -347,6 +347,23 @@ def test_memory_that_never_comes_back_ends_with_one_line_and_the_conversation_ca
         assert session.context.tokens == tokens
 
 
+def test_whoever_stops_a_generation_does_not_wait_for_memory(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check() -> None:
+        if session.is_given_up:
+            raise TimeoutError
+
+    with edgekit.load(artifact, budget=ROOMY, context=512) as session:
+        pieces = iter(session.generate("The quick brown fox", 8, chat=False, check=check))
+        next(pieces)
+        monkeypatch.setattr("edgekit.governor.Governor.reserve", lambda self, n: 4 * n)
+        read(monkeypatch, lambda: Reading(0))
+        monkeypatch.setattr("edgekit.session.POLL_SECONDS", 0.01)
+        with pytest.raises(TimeoutError):
+            list(pieces)
+
+
 def test_messages_reuse_what_the_context_has(artifact: Path, session: Session) -> None:
     with pytest.raises(UsageError, match="no chat template"):
         session.generate([{"role": "user", "content": "hello"}], 3)

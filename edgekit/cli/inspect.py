@@ -31,6 +31,10 @@ def inspect(path: Path, as_json: bool, verbose: bool) -> None:
         print_json(body)
         return
     facts = [(key, value) for key, value in body.items() if not isinstance(value, (list, dict))]
+    pruned = body.get("source", {}).get("pruned")
+    if pruned:
+        told = f"{pruned['ratio']:.1%} of the parameters before, KL {pruned['kl_mean']:.4g}"
+        facts.append(("pruned", told))
     print_table(str(path), ("fact", "value"), facts)
     for name, columns, rows in _tables(body):
         if rows:

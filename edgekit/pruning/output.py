@@ -16,6 +16,7 @@ import yaml  # type: ignore[import-untyped]  # gguf needs it, so it is there
 from edgekit.arch import Mapping
 from edgekit.checkpoint import INDEX, SINGLE, TEMPLATE_FOLDER, Checkpoint, contained
 from edgekit.errors import RefusedError
+from edgekit.provenance import PRUNING
 from edgekit.pruning.weights import Layer, stored_tensors
 from edgekit.safetensors_header import read_header
 from edgekit.spool import write_atomically
@@ -23,8 +24,7 @@ from edgekit.spool import write_atomically
 Json = dict[str, Any]
 
 COPIED = (".json", ".model", ".jinja", ".txt")  # tokenizer files and what else goes along
-PROVENANCE = "pruning.json"  # what was done, and the measured loss
-REPLACED = {"config.json", INDEX, SINGLE, PROVENANCE}
+REPLACED = {"config.json", INDEX, SINGLE, PRUNING}
 ROWS = 1 << 12  # of the embedding at a time, some MiB
 MAX_CARD_BYTES = 1 << 22
 
@@ -101,7 +101,7 @@ def write_rest(
     index = {"metadata": {"total_size": size}, "weight_map": where}
     card = _model_card(checkpoint, provenance)
     write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())
-    write_atomically(folder / PROVENANCE, json.dumps(provenance, indent=1).encode())
+    write_atomically(folder / PRUNING, json.dumps(provenance, indent=1).encode())
     write_atomically(folder / "README.md", card.encode())
     write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())
 

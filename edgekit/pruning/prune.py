@@ -22,7 +22,7 @@ from edgekit.disk import disk_full_reported, require_free, require_name, require
 from edgekit.errors import UnsupportedError, UsageError
 from edgekit.kernels.ggml import ggml_type
 from edgekit.progress import Progress, Silent
-from edgekit.provenance import source_files
+from edgekit.provenance import PRUNING, source_files
 from edgekit.pruning.choose import Chooser
 from edgekit.pruning.cut import (
     MULTIPLE,
@@ -38,7 +38,6 @@ from edgekit.pruning.layers import Ids, Layers
 from edgekit.pruning.metrics import get_metric
 from edgekit.pruning.moments import require_memory
 from edgekit.pruning.output import (
-    PROVENANCE,
     layer_entries,
     outer_entries,
     shard_name,
@@ -186,7 +185,7 @@ def _require_made_by(output: Path, folder: Path, options: Options) -> None:
     Raises:
         UsageError: It is no pruning of this checkpoint, or was made with other options.
     """
-    path = output / PROVENANCE
+    path = output / PRUNING
     body = json.loads(path.read_text()) if path.is_file() else {"source": {}}
     made = [body["source"].get("name"), *map(body.get, ("ratio_asked", "metric", "tunes"))]
     if made != [folder.resolve().name, options.ratio, options.metric, options.tunes]:
@@ -197,7 +196,7 @@ def _require_made_by(output: Path, folder: Path, options: Options) -> None:
 
 
 def _report_of(output: Path) -> Report:
-    body = json.loads((output / PROVENANCE).read_text())
+    body = json.loads((output / PRUNING).read_text())
     return Report(**{key: body[key] for key in Report.__dataclass_fields__ if key in body})
 
 
