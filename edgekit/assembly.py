@@ -30,7 +30,7 @@ from edgekit.stack import Level, Stack
 
 _NOTHING = memoryview(b"")
 _NO_ROOM = np.empty(0, np.uint8)
-REPORT_EVERY = 16  # pieces: waking up to tell of each one would stop a thread that decodes
+REPORT_EVERY = 16  # pieces of many: waking up to tell of each would stop a thread that decodes
 RELEASE_EVERY = 4  # pieces after which the artifact's pages are handed back, some 5 MiB
 
 
@@ -212,9 +212,10 @@ class Assembly:
         n_written = 0
         with ThreadPoolExecutor(self._n_threads) as pool:
             written = [pool.submit(write, piece) for piece in order]
+            step = max(1, min(REPORT_EVERY, len(written) // 64))
             try:
-                for start in range(0, len(written), REPORT_EVERY):
-                    some = written[start : start + REPORT_EVERY]
+                for start in range(0, len(written), step):
+                    some = written[start : start + step]
                     wait(some, return_when=FIRST_EXCEPTION)
                     n_written += sum(task.result() for task in some)
                     report(n_written)
