@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 from control_groups import HOG, real_group
-from converted import tiny, weighted
 from tiny_artifact import LARGER, make_artifact
 
 MIB = 1 << 20
@@ -22,10 +21,8 @@ ENDLESS = ["-n", "90000", "--ignore-eos", "--context", "100000"]
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("run")
-    checkpoint = tiny(folder / "c", dtype="bfloat16", width="wide", num_hidden_layers=6)
-    return str(weighted(checkpoint, folder / "a").artifact)
+def artifact(layered_artifact: Path) -> str:
+    return str(layered_artifact)
 
 
 @pytest.fixture(scope="module")
