@@ -217,7 +217,7 @@ WIDE int wide_join_codes(int parent_type, int child_type, size_t n, size_t n_blo
     const layout_t layout = layout_of(child_type);
     if (layout.block == UNIT) write_rest_of_units(layout, (int)n, n_blocks, child, rest);
     else write_rest(layout, n * UNIT / (size_t)layout.block, n_blocks, child, rest);
-    /* the default chain is compiled for its types, a fifth faster */
+    /* the default chain is compiled for its types, a tenth faster */
 #define WAY(PARENT, CHILD)                                                                         \
     if (parent_type == PARENT && child_type == CHILD)                                              \
         return join(PARENT, CHILD, n, parent, child, limits, streams)
