@@ -185,7 +185,8 @@ class Assembly:
 
         Args:
             sink: Where it goes.
-            report: Called with the bytes written or passed over; what it raises ends the writing.
+            report: Called with the bytes written or passed over, every `REPORT_EVERY` pieces or
+                more often; what it raises ends the writing.
 
         Raises:
             OSError: There is no room for it.

@@ -4,7 +4,8 @@ It lies in ``$EDGEKIT_CACHE``, else where the system keeps caches, and may be de
 Models take at most `limit_bytes`; the one used longest ago goes first. A file appears under its
 name only when it is whole, named after the hashes of the artifact's files and the tier of every
 tensor. A *stamp* beside it tells inode, size and times of the file as it was written: one that was
-touched since is thrown away and made anew. What a killed process left is swept away.
+touched since is never used, and thrown away once no process can be about to stamp it. What a
+killed process left is swept away.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from edgekit.spool import write_atomically
 
 DEFAULT_LIMIT = 20 << 30  # bytes of models
 MODELS = "models"
+SETTLED_SECONDS = 60.0  # a model whose process has not stamped it by then is an orphan
 
 
 def cache_folder() -> Path:
@@ -49,19 +51,20 @@ def model_path(hashes: Sequence[str], tiers: Mapping[str, str]) -> Path:
 
 
 def has_model(path: Path) -> bool:
-    """Whether the model at ``path`` is there and as it was written; another one is removed."""
-    if not _stamp(path).exists():
-        return False  # another process may be about to vouch for it; who makes it anew replaces it
-    try:
-        is_sound = json.loads(_stamp(path).read_bytes()) == identity(path.stat())
-    except (OSError, ValueError):
-        is_sound = False
+    """Whether the model at ``path`` is there and as it was written."""
+    is_sound = _is_sound(path)
     if is_sound:
         with contextlib.suppress(OSError):
             os.utime(_stamp(path))  # used now
-    else:
-        _drop(path)
     return is_sound
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        sound: bool = json.loads(_stamp(path).read_bytes()) == identity(path.stat())
+    except (OSError, ValueError):
+        return False
+    return sound
 
 
 def stamp(path: Path) -> None:
@@ -94,8 +97,8 @@ def _drop(path: Path) -> None:
             name.unlink()
 
 
-def make_room(n_bytes: int) -> None:
-    """Prepare the folder of models for one more of ``n_bytes``: sweep it, drop the oldest.
+def make_room(path: Path, n_bytes: int) -> None:
+    """Prepare the folder for a model of ``n_bytes`` at ``path``: sweep it, drop the oldest others.
 
     Raises:
         EdgekitError: The folder cannot be made or written.
@@ -104,7 +107,7 @@ def make_room(n_bytes: int) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _sweep(folder)
-        kept = sorted(folder.glob("*.gguf"), key=_last_use)
+        kept = sorted((other for other in folder.glob("*.gguf") if other != path), key=_last_use)
         total = sum(path.stat().st_size for path in kept)
         while kept and total + n_bytes > limit:
             total -= kept[0].stat().st_size
@@ -122,11 +125,15 @@ def _last_use(path: Path) -> float:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what processes that are gone left half written."""
+    """Remove what processes that are gone left half written, and what nobody vouches for."""
     for path in folder.glob("*.partial-*"):
         with contextlib.suppress(FileNotFoundError):  # it became whole a moment ago
             if time.time() - path.stat().st_mtime > 24 * 3600 or not _is_being_written(path):
                 path.unlink(missing_ok=True)
+    for path in folder.glob("*.gguf"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_ctime > SETTLED_SECONDS and not _is_sound(path):
+                _drop(path)
 
 
 def _is_being_written(path: Path) -> bool:

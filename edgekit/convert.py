@@ -97,7 +97,7 @@ def _convert_pruned(
     place = output.with_name(f".{output.name}.pruned")
     pruned = place / f"{artifact_name(folder)}-pruned"
     if options.resume and output.exists() and not place.exists():
-        require_made_by(output, options, None)  # the pruned files are gone
+        require_made_by(output, options, None, pruned.name)  # the pruned files are gone
         progress.note(f"{output} is complete; nothing to resume")
         return report_of(output, time.monotonic())
     require_new_folder(output, options.force)

@@ -44,13 +44,16 @@ def report_of(output: Path, started: float) -> Report:
     )
 
 
-def require_made_by(output: Path, options: Options, files: dict[str, int] | None) -> None:
+def require_made_by(
+    output: Path, options: Options, files: dict[str, int] | None, name: str | None = None
+) -> None:
     """Check that the finished ``output`` is what is asked for.
 
     Args:
         output: An artifact.
         options: Asked for now.
         files: Bytes of the checkpoint's weight files; ``None`` compares none.
+        name: Of the checkpoint; ``None`` takes any.
 
     Raises:
         UsageError: It has other tiers or another codec, comes from other weights, or was pruned
@@ -61,6 +64,7 @@ def require_made_by(output: Path, options: Options, files: dict[str, int] | None
     weights = {f["name"]: f["bytes"] for f in manifest.source["files"]}
     same = (manifest.codec, manifest.tiers) == (options.codec, tiers)
     same = same and (manifest.onnx is not None) == ("onnx" in options.formats)
+    same = same and name in (None, manifest.source.get("name"))
     if options.prune:
         pruned = manifest.source.get("pruned") or {}
         same = same and pruned.get("ratio_asked") == options.prune

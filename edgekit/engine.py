@@ -294,7 +294,7 @@ class Engine:
             return path
         if self._settings.residency == "auto":
             return None
-        cache.make_room(n_bytes)
+        cache.make_room(path, n_bytes)
         # another process may have made it by now
         materialize(self._artifact, plan.depths, path, force=True, n_threads=n_threads)
         cache.stamp(path)

@@ -22,6 +22,27 @@ Order = tuple[tuple[str, str], ...]  # (tensor, tier) of every level above 0, in
 
 NO_FILE = FileRecord("", 0, "")  # base and levels of an artifact without GGUF
 
+# of a pruning before: the limits of numbers, None for text
+_PRUNED = {"ratio_asked": (0.0, 1.0), "ratio": (0.0, 1.0), "metric": None, "kl_mean": (0.0, 1e9)}
+
+
+def pruning_facts(body: object) -> Json | None:
+    """What ``source.pruned`` tells, taken from ``body``, or None where that lacks any of it."""
+    facts = {key: body.get(key) for key in _PRUNED} if isinstance(body, dict) else {}
+    for key, limits in _PRUNED.items():
+        value = facts.get(key)
+        if limits is None:
+            is_sound = isinstance(value, str)
+        else:
+            is_sound = (
+                isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and limits[0] <= value <= limits[1]
+            )
+        if not is_sound:
+            return None
+    return facts
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -38,7 +59,8 @@ class Manifest:
         stored_order: Load order by stored bytes: the order of ``.levels``.
         resident_order: Load order by bytes in memory, which plans follow.
         model: Facts a planner needs: layers, KV heads, head sizes, context, vocabulary.
-        source: Name, licence and files (name, bytes, sha256) of the checkpoint.
+        source: Name, licence and files (name, bytes, sha256) of the checkpoint; what was pruned
+            from it before.
         tool: Versions, command and options of the conversion.
         statistics: Where the importance of columns came from, and the unit of ``loss``.
         quality: Measured rows ``{weights_bytes, bits_per_weight, kl_mean, ...}``, fewest bytes

@@ -21,6 +21,7 @@ from edgekit.manifest import (
     Json,
     Manifest,
     Order,
+    pruning_facts,
     self_hash,
 )
 from edgekit.onnx_part import OnnxPart, read_part
@@ -95,7 +96,7 @@ def _from_json(body: Json) -> Manifest:
         stored_order=_order(order, "stored", rows),
         resident_order=_order(order, "resident", rows),
         model=_get(body, "model", dict),
-        source=_get(body, "source", dict),
+        source=_source(_get(body, "source", dict)),
         tool=_get(body, "tool", dict),
         statistics=_get(body, "statistics", dict),
         quality=tuple(_quality(row) for row in _rows(body, "quality")),
@@ -105,6 +106,14 @@ def _from_json(body: Json) -> Manifest:
     )
     _check(manifest)
     return manifest
+
+
+def _source(source: Json) -> Json:
+    if "pruned" in source and pruning_facts(source["pruned"]) != source["pruned"]:
+        raise RefusedError(
+            f"{MANIFEST_NAME}: field 'pruned' does not tell what was pruned; get the artifact again"
+        )
+    return source
 
 
 def _onnx(body: Json) -> OnnxPart | None:

@@ -9,12 +9,11 @@ from edgekit import __version__
 from edgekit.checkpoint import Checkpoint, contained, read_json
 from edgekit.errors import RefusedError
 from edgekit.imatrix import Imatrix
-from edgekit.manifest import Json
+from edgekit.manifest import Json, pruning_facts
 from edgekit.sensitivity import Fisher
 
 PACKAGES = ("llama_cpp_python", "gguf", "numpy", "zstandard")
 PRUNING = "pruning.json"  # in a checkpoint that `edgekit prune` wrote: what was done, and lost
-_PRUNED = {"ratio_asked": float, "ratio": float, "metric": str, "kl_mean": float}  # what is told
 SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt")
 
 
@@ -42,11 +41,9 @@ def source_files(checkpoint: Checkpoint) -> list[Json]:
 def pruning_of(checkpoint: Checkpoint) -> Json | None:
     """What was removed from a checkpoint before, or None where nothing is known of that."""
     try:
-        body = read_json(checkpoint.folder, PRUNING)
+        return pruning_facts(read_json(checkpoint.folder, PRUNING))
     except RefusedError:  # there is none, or one of another tool
         return None
-    told = {key: body.get(key) for key in _PRUNED}
-    return told if all(isinstance(told[key], kind) for key, kind in _PRUNED.items()) else None
 
 
 def file_hash(path: Path) -> str:

@@ -1,5 +1,5 @@
-/* Residuals dealt out to the streams of their classes and collected again, on machines without
- * AVX-512; wide.c has the others. */
+/* Residuals dealt out to the streams of their classes and collected again, without AVX-512; wide.c
+ * and wide_codes.c do it for whole units where a machine has that. */
 #ifndef EDGEKIT_DEALING_H
 #define EDGEKIT_DEALING_H
 

@@ -21,8 +21,9 @@ void wide_predict(int n, const float *exact, layout_t layout, uint8_t *predicted
 void wide_deal(streams_t *to, int n, const uint8_t class[GROUPS], const uint8_t marks[UNIT],
                const uint8_t residual[UNIT]);
 
-/* join_codes of n whole units, WIDE_TILE at most, the first of n_blocks blocks at child and rest.
- * Returns 1 + a stream that was read beyond its end, or 0. */
+/* join_codes of n whole units, WIDE_TILE at most. parent, child: of the first unit; rest: its first
+ * scale byte, in planes that are n_blocks apart. Returns 1 + a stream that was read beyond its end,
+ * or 0. */
 enum { WIDE_TILE = 16 };
 int wide_join_codes(int parent_type, int child_type, size_t n, size_t n_blocks,
                     const uint8_t *parent, uint8_t *child, const uint8_t *rest,

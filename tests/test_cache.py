@@ -21,7 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def put(n_bytes: int, *key: str) -> Path:
     path = cache.model_path(key, {"t": "Q4_K"})
-    cache.make_room(n_bytes)
+    cache.make_room(path, n_bytes)
     path.write_bytes(bytes(n_bytes))
     cache.stamp(path)
     return path
@@ -41,8 +41,10 @@ def test_a_model_is_found_under_its_artifact_and_tiers_only() -> None:
 
 
 @pytest.mark.parametrize("damage", ["bytes", "size", "stamp", "replaced"])
-def test_a_file_that_is_not_as_it_was_written_is_thrown_away(damage: str) -> None:
-    path = put(100, "a")
+def test_a_file_that_is_not_as_it_was_written_is_thrown_away(
+    damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = put(100, "a"), put(100, "b")
     if damage == "bytes":
         path.write_bytes(b"x" * 100)
     elif damage == "size":
@@ -50,25 +52,43 @@ def test_a_file_that_is_not_as_it_was_written_is_thrown_away(damage: str) -> Non
     elif damage == "stamp":
         path.with_suffix(".stamp").write_bytes(b"{")
     else:
-        other = path.with_suffix(".other")
-        other.write_bytes(bytes(100))
-        other.replace(path)
+        new = path.with_suffix(".other")
+        new.write_bytes(bytes(100))
+        new.replace(path)
     assert not cache.has_model(path)
+    cache.make_room(other, 100)
+    assert path.exists()  # another process may have written it a moment ago
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", -1.0)
+    cache.make_room(other, 100)
     assert not path.exists() and not path.with_suffix(".stamp").exists()
+    assert cache.has_model(other)
 
 
+@pytest.mark.parametrize("has_old_stamp", [False, True])
 def test_a_model_that_nobody_vouches_for_yet_is_left_to_the_process_that_wrote_it(
-    monkeypatch: pytest.MonkeyPatch,
+    has_old_stamp: bool,
 ) -> None:
-    monkeypatch.setenv("EDGEKIT_CACHE_LIMIT", "700")
-    old, path = put(300, "old"), cache.model_path(("a",), {"t": "Q4_K"})
-    os.utime(old.with_suffix(".stamp"), (1000, 1000))
-    path.write_bytes(bytes(300))
-    assert not cache.has_model(path)
-    cache.make_room(300)
-    assert path.exists() and not old.exists()
+    path = cache.model_path(("a",), {"t": "Q4_K"})
+    if has_old_stamp:
+        put(300, "a")
+    cache.make_room(path, 300)
+    new = path.with_suffix(".new")
+    new.write_bytes(bytes(300))
+    new.replace(path)
+    assert not cache.has_model(path)  # as a second process sees it
+    cache.make_room(path, 300)
     cache.stamp(path)
     assert cache.has_model(path)
+
+
+def test_a_model_that_is_replaced_takes_no_room_from_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE_LIMIT", "2000")
+    other, orphan = put(700, "other"), cache.model_path(("orphan",), {"t": "Q4_K"})
+    orphan.write_bytes(bytes(1200))
+    cache.make_room(orphan, 1200)
+    assert cache.has_model(other)
 
 
 def test_a_model_that_another_process_removed_is_not_vouched_for() -> None:
@@ -91,7 +111,7 @@ def test_the_one_used_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_limit_in_words_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEKIT_CACHE_LIMIT", "lots")
     with pytest.raises(UsageError, match="'lots' is no size"):
-        cache.make_room(1)
+        cache.make_room(cache.model_path("x", {}), 1)
 
 
 def test_what_a_killed_process_left_is_swept_away(folder: Path) -> None:
@@ -101,16 +121,16 @@ def test_what_a_killed_process_left_is_swept_away(folder: Path) -> None:
         path.write_bytes(b"half")
     with alive.open("rb") as file:
         assert try_to_lock(file.fileno())
-        cache.make_room(1)
+        cache.make_room(cache.model_path("x", {}), 1)
         assert not dead.exists() and alive.exists()
-    cache.make_room(1)
+    cache.make_room(cache.model_path("x", {}), 1)
     assert not alive.exists()
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEKIT_CACHE", "/proc/nowhere")
     with pytest.raises(EdgekitError, match=r"cache /proc/nowhere/models cannot be used .*anon$"):
-        cache.make_room(1)
+        cache.make_room(cache.model_path("x", {}), 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of file systems in memory")

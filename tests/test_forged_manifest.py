@@ -72,6 +72,7 @@ def memory(**fields: Any) -> Callable[[Any], object]:
     return setting("memory", to={"compute": [row | fields]})
 
 
+PRUNED = {"ratio_asked": 0.2, "ratio": 0.2, "metric": "condition", "kl_mean": 0.1}
 LIES: dict[str, Callable[[Any], object]] = {
     "an absolute path": setting("base", "file", to="/etc/passwd"),
     "a path out of the folder": setting("levels_file", "file", to="../checkpoint/config.json"),
@@ -151,6 +152,12 @@ LIES: dict[str, Callable[[Any], object]] = {
     "another architecture": setting("architecture", to="nonsense"),
     "quality without bytes": lambda body: body.update(quality=[{"kl_mean": 0.1}]),
     "quality in words": quality(weights_bytes="many"),
+    "a pruning that is a list": setting("source", "pruned", to=[]),
+    "a pruning of nothing said": setting("source", "pruned", to={"ratio": 0.2}),
+    "a pruning by words": setting("source", "pruned", to=PRUNED | {"ratio": "0.2"}),
+    "a pruning of all and more": setting("source", "pruned", to=PRUNED | {"ratio": 1.5}),
+    "a pruning of infinite loss": setting("source", "pruned", to=PRUNED | {"kl_mean": 10**400}),
+    "a pruning that says more": setting("source", "pruned", to=PRUNED | {"more": 1}),
     "a divergence in words": quality(kl_mean="small"),
     "an infinite divergence": quality(kl_mean=float("inf")),
     "quality of 10**400 bytes": quality(weights_bytes=10**400),

@@ -19,7 +19,7 @@ from stock_llama import logits
 
 from edgekit import materialize as module
 from edgekit.artifact import Artifact, open_artifact
-from edgekit.assembly import Ahead, Assembly, Piece
+from edgekit.assembly import RELEASE_EVERY, REPORT_EVERY, Ahead, Assembly, Piece
 from edgekit.codecs.job import Chunk
 from edgekit.disk import write_at
 from edgekit.errors import DiskFullError, DoesNotFitError, RefusedError, UsageError
@@ -171,6 +171,61 @@ def test_pieces_that_are_passed_over_are_made_once_all_the_same() -> None:
     order = [0, 39, *range(1, 11), *range(21, 31), *range(11, 21), *range(31, 39)]
     assert [ahead.piece(i)[0] for i in order] == order
     assert sorted(made) == list(range(40))
+
+
+class Nowhere:
+    """Takes everything and keeps the order."""
+
+    def __init__(self) -> None:
+        self.offsets: list[int] = []
+
+    def takes(self, offset: int) -> bool:
+        return True
+
+    def room(self, offset: int, n_bytes: int) -> None:
+        return None
+
+    def put(self, offset: int, data: memoryview) -> None:
+        self.offsets.append(offset)
+
+
+@pytest.fixture
+def many(llama_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Assembly]:
+    """Of three thousand pieces of a byte."""
+    with open_artifact(llama_artifact) as opened:
+        depths = plan_tier(opened, "Q4_K").depths
+        with Assembly(opened, depths, n_threads=2) as assembly:
+            pieces = [Piece(i, 1, lambda room: room.data, room=1) for i in range(3000)]
+            monkeypatch.setattr(assembly, "_pieces", pieces)
+            yield assembly
+
+
+def test_of_many_pieces_not_each_is_told_and_pages_are_handed_back(
+    many: Assembly, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, released, sink = list[int](), list[None](), Nowhere()
+    monkeypatch.setattr(Artifact, "release", lambda self: released.append(None))
+    many.write_to(sink, told.append)
+    assert sorted(sink.offsets) == list(range(3000))
+    assert told == [*range(REPORT_EVERY, 3000, REPORT_EVERY), 3000]
+    assert len(released) == 3000 // RELEASE_EVERY
+
+
+def test_what_goes_wrong_with_a_piece_or_in_a_report_ends_the_writing(many: Assembly) -> None:
+    def fail(_room: ByteArray) -> memoryview:
+        raise OSError("no room")
+
+    def report(n_bytes: int) -> None:
+        if n_bytes > 500:
+            raise TimeoutError
+
+    sink = Nowhere()
+    with pytest.raises(TimeoutError):
+        many.write_to(sink, report)
+    assert len(sink.offsets) < 3000
+    many._pieces[1000] = Piece(1000, 1, fail)
+    with pytest.raises(OSError, match="no room"):
+        many.write_to(Nowhere(), lambda _: None)
 
 
 @contextmanager

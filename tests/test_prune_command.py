@@ -130,6 +130,10 @@ def test_convert_with_prune_equals_pruning_and_then_converting(
     again = ["convert", str(checkpoint), "-o", str(tmp_path / "both"), *tail, *more, "--resume"]
     done = CliRunner().invoke(main, [*again, "--prune", "0.22"])
     assert done.exit_code == 0 and "is complete; nothing to resume" in done.stderr
+    another = tmp_path / "another"
+    shutil.copytree(checkpoint, another)
+    refused = CliRunner().invoke(main, ["convert", str(another), *again[2:], "--prune", "0.22"])
+    assert refused.exit_code == 2 and "was made from another checkpoint" in refused.stderr
     refused = CliRunner().invoke(main, [*again, "--prune", "0.3"])
     assert (
         refused.exit_code == 2
@@ -140,9 +144,15 @@ def test_convert_with_prune_equals_pruning_and_then_converting(
 def test_what_is_no_pruning_of_ours_is_not_told(checkpoint: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(checkpoint, other)
-    for text in ("{", "[]", '{"ratio": 0.3}', '{"ratio_asked": 0.3, "ratio": "a", "metric": "b"}'):
+    whole = {"ratio_asked": 0.3, "ratio": 0.3, "metric": "b", "kl_mean": 0}
+    for body in ([], {"ratio": 0.3}, whole | {"ratio": "a"}, whole | {"ratio": -7.0}):
+        (other / PRUNING).write_text(json.dumps(body))
+        assert pruning_of(Checkpoint.open(other)) is None
+    for text in ("{", json.dumps(whole | {"kl_mean": "inf"}).replace('"inf"', "1e999")):
         (other / PRUNING).write_text(text)
         assert pruning_of(Checkpoint.open(other)) is None
+    (other / PRUNING).write_text(json.dumps(whole))
+    assert pruning_of(Checkpoint.open(other)) == whole
 
 
 def test_the_verdict_says_when_quantization_alone_is_better() -> None:

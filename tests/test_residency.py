@@ -45,7 +45,7 @@ def test_auto_maps_what_the_cache_has_and_writes_nothing(
         assert model.read_bytes()[-1:] != b"x"
     model.unlink()
 
-    def made_meanwhile(n_bytes: int) -> None:  # by another process
+    def made_meanwhile(_path: Path, n_bytes: int) -> None:  # by another process
         model.write_bytes(bytes(n_bytes))
 
     monkeypatch.setattr(cache, "make_room", made_meanwhile)

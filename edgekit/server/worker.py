@@ -33,6 +33,10 @@ class GoneError(Exception):
     """The client went away."""
 
 
+class _WantedError(Exception):
+    """Something else is to be done than to wait for memory."""
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """A request on its way.
@@ -147,8 +151,14 @@ class Worker:
                 self._idle()
 
     def _idle(self) -> None:
+        def check() -> None:
+            if self._ends.is_set() or self.n_waiting:
+                raise _WantedError
+
         try:
-            self.session.adapt()
+            self.session.adapt(check=check)
+        except _WantedError:
+            return
         except Exception as error:  # no memory, mostly; the next request may find more
             self._progress.note(str(error) or type(error).__name__)
 
@@ -165,7 +175,7 @@ class Worker:
 
     def _answer(self, job: Job) -> Done:
         def check() -> None:
-            if job.is_gone.is_set():
+            if job.is_gone.is_set() or (self._ends.is_set() and self.session.is_given_up):
                 raise GoneError
 
         check()

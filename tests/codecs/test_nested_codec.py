@@ -116,6 +116,16 @@ def test_residuals_of_the_widest_codes_wrap_around(made, monkeypatch):
     assert payloads[0] == payloads[1]
 
 
+@pytest.mark.parametrize(
+    ("parent", "child"), [("Q4_0", "Q8_0"), ("Q4_0", "Q5_0"), ("Q8_0", "Q4_1"), ("F16", "Q5_1")]
+)
+def test_a_unit_that_is_not_whole_comes_after_whole_ones(parent, child, code):
+    weights = np.random.default_rng(5).standard_normal((1, 37 * 256 + 96)).astype(np.float32)
+    low, high = (ggml.quantize(kind, weights).reshape(-1) for kind in (parent, child))
+    payload = encode_chunk(parent, child, low, high)
+    assert np.array_equal(decode_chunk(parent, child, low, payload, weights.size), high)
+
+
 @pytest.mark.parametrize("cols", [100, 1, 33])
 def test_rows_of_any_width_go_from_f16_to_their_source(cols, code):
     rows = np.random.default_rng(8).standard_normal((5, cols)).astype(np.float32)
