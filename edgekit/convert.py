@@ -29,7 +29,7 @@ from edgekit.exporters.tokenizer import tokenizer_metadata
 from edgekit.exporters.tokenizer_check import check_tokenizer
 from edgekit.exporters.tokenizer_files import suspicious_constructs
 from edgekit.imatrix import Imatrix, read_imatrix, write_imatrix
-from edgekit.manifest import NO_FILE, Json, Manifest
+from edgekit.manifest import MANIFEST_NAME, NO_FILE, Json, Manifest
 from edgekit.measure import measure
 from edgekit.model_card import write_model_card
 from edgekit.onnx.export import decoder_in, export_onnx, onnx_model, require_onnx
@@ -80,9 +80,12 @@ def convert(
         spool.remove()
         progress.note(f"{output} is complete; nothing to resume")
         return report_of(output, started)
-    require_new_folder(output, options.force)
+    require_new_folder(output, options.force, MANIFEST_NAME, folder)
     conversion = _Conversion(checkpoint, output, spool, options, progress)
-    with disk_full_reported(f"converting to {output}", "make room and repeat with --resume"):
+    with (
+        disk_full_reported(f"converting to {output}", "make room and repeat with --resume"),
+        spool.told_when_stopped(progress.note),
+    ):
         conversion.run(command)
     return report_of(output, started)
 
@@ -100,7 +103,7 @@ def _convert_pruned(
         require_made_by(output, options, None, pruned.name)  # the pruned files are gone
         progress.note(f"{output} is complete; nothing to resume")
         return report_of(output, time.monotonic())
-    require_new_folder(output, options.force)
+    require_new_folder(output, options.force, MANIFEST_NAME, folder)
     asked = Pruning(options.prune, calibration=options.calibration, resume=options.resume)
     prune(folder, pruned, replace(asked, force=not options.resume), progress, command)
     report = convert(pruned, output, replace(options, prune=0.0), progress, command)

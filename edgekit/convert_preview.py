@@ -11,6 +11,7 @@ from edgekit.convert_options import Options, check_options
 from edgekit.convert_report import Report, tier_bytes
 from edgekit.disk import require_new_folder
 from edgekit.errors import UsageError
+from edgekit.manifest import MANIFEST_NAME
 from edgekit.onnx.export import decoder_in
 from edgekit.planner import resident_bytes
 from edgekit.stack import SOURCE, Level, Part, Stack
@@ -29,7 +30,7 @@ def preview(folder: Path, output: Path, options: Options) -> Report:
             "one of --prune and --dry-run out"
         )
     checkpoint = Checkpoint.open(folder)
-    require_new_folder(output, options.force)
+    require_new_folder(output, options.force, MANIFEST_NAME, folder)
     mapping = map_checkpoint(checkpoint)
     source = sum(checkpoint.files.values())
     has_onnx = "onnx" in options.formats

@@ -9,7 +9,8 @@ from pathlib import Path
 from edgekit.catalog import read_manifest
 from edgekit.convert_options import Options
 from edgekit.disk import folder_bytes
-from edgekit.errors import UsageError
+from edgekit.errors import RefusedError, UsageError
+from edgekit.manifest import Manifest
 from edgekit.planner import tier_at, uniform
 from edgekit.stack import Stack
 
@@ -58,6 +59,7 @@ def require_made_by(
     Raises:
         UsageError: It has other tiers or another codec, comes from other weights, or was pruned
             otherwise.
+        RefusedError: A file of it is not as long as it was.
     """
     manifest = read_manifest(output)
     tiers = options.tiers if "gguf" in options.formats else ()
@@ -65,15 +67,28 @@ def require_made_by(
     same = (manifest.codec, manifest.tiers) == (options.codec, tiers)
     same = same and (manifest.onnx is not None) == ("onnx" in options.formats)
     same = same and name in (None, manifest.source.get("name"))
+    same = same and (manifest.statistics.get("kind") == "none") != options.statistics
     if options.prune:
         pruned = manifest.source.get("pruned") or {}
         same = same and pruned.get("ratio_asked") == options.prune
     if same and (files is None or files.items() <= weights.items()):
+        _require_whole(output, manifest)
         return
     raise UsageError(
         f"{output} is complete and was made from another checkpoint or with other options; choose "
         "another -o, or replace it with --force"
     )
+
+
+def _require_whole(output: Path, manifest: Manifest) -> None:
+    for record in filter(lambda record: record.name, (manifest.base, manifest.levels)):
+        path = output / record.name
+        n_bytes = path.stat().st_size if path.is_file() else 0
+        if n_bytes != record.n_bytes:
+            raise RefusedError(
+                f"{path} has {n_bytes} bytes where {record.n_bytes} were written; convert again "
+                "with --force in place of --resume"
+            )
 
 
 def tier_bytes(stacks: Sequence[Stack], tiers: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -45,17 +45,35 @@ def require_name(output: Path) -> None:
         raise UsageError(f"{output} is no name for a new folder; choose another -o")
 
 
-def require_new_folder(output: Path, force: bool) -> None:
+def require_new_folder(output: Path, force: bool, mark: str, source: Path | None = None) -> None:
     """Check that a folder may be made as ``output``, or replaced where force is on.
 
+    Args:
+        output: The folder.
+        force: Whether one that is empty, or that holds the file ``mark``, may be replaced.
+        mark: Name of a file by which one of ours is known.
+        source: What it is made from.
+
     Raises:
-        UsageError: It exists and force is off, it is a link or a file, or has no name of its own.
+        UsageError: It exists and may not be replaced, it is a link or a file, has no name of its
+            own, or is or holds ``source``.
     """
     require_name(output)
-    if output.is_symlink() or (output.exists() and not force):
-        raise UsageError(f"{output} exists; choose another -o, or replace it with --force")
-    if output.exists() and not output.is_dir():
+    if output.is_symlink():
+        raise UsageError(f"{output} is a link; give the folder it leads to, or choose another -o")
+    if source is not None and output.resolve() in (source.resolve(), *source.resolve().parents):
+        raise UsageError(f"{output} is or holds {source}, which is read; choose another -o")
+    if not output.exists():
+        return
+    if not output.is_dir():
         raise UsageError(f"{output} is a file, not a folder to replace; choose another -o")
+    if not force:
+        raise UsageError(f"{output} exists; choose another -o, or replace it with --force")
+    if any(output.iterdir()) and not (output / mark).is_file():
+        raise UsageError(
+            f"{output} holds other files and no {mark}: --force replaces what edgekit made; choose "
+            "another -o, or remove it yourself"
+        )
 
 
 @contextmanager

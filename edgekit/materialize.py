@@ -9,8 +9,10 @@ from uuid import uuid4
 
 from edgekit.artifact import Artifact
 from edgekit.assembly import Assembly
+from edgekit.catalog import read_manifest
 from edgekit.disk import PLAIN, disk_full_reported, require_free, try_to_lock
-from edgekit.errors import UsageError
+from edgekit.errors import EdgekitError, UsageError
+from edgekit.manifest import MANIFEST_NAME
 from edgekit.planner import Depths
 from edgekit.sink import FileSink
 
@@ -95,14 +97,30 @@ def _tensors(artifact: Artifact, depths: Depths) -> tuple[dict[str, str], ...]:
     return tuple({"name": s.name, "tier": depths.tier(s.name)} for s in artifact.stacks)
 
 
+def _is_part(path: Path) -> bool:
+    """Whether ``path`` is a file of the artifact in its folder; yes where that cannot be read."""
+    try:
+        manifest = read_manifest(path.parent)
+    except EdgekitError:
+        return True
+    onnx = manifest.onnx.files if manifest.onnx is not None else ()
+    files = {record.name for record in (manifest.base, manifest.levels, *onnx)}
+    return path.name in files | {MANIFEST_NAME}
+
+
 def check_output(output: Path, force: bool) -> None:
     """Check that ``output`` may be written.
 
     Raises:
-        UsageError: It exists and force is off, it is a folder or a link, or its folder is missing.
+        UsageError: It exists and force is off, it is a folder, a link, a device or a file of an
+            artifact, or its folder is missing.
     """
-    if output.is_dir() or output.is_symlink():
-        raise UsageError(f"{output} is a folder or a link; give the name of a file with -o")
+    if output.is_symlink() or (output.exists() and not output.is_file()):
+        raise UsageError(
+            f"{output} is a folder, a link or a device; give the name of a file with -o"
+        )
+    if output.exists() and (output.parent / MANIFEST_NAME).is_file() and _is_part(output):
+        raise UsageError(f"{output} is a file of an artifact; choose another -o")
     if output.exists() and not force:
         raise UsageError(f"{output} exists; choose another -o, or replace it with --force")
     if not output.absolute().parent.is_dir():

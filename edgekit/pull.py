@@ -205,7 +205,7 @@ def _check_output(output: Path, wish: Wish) -> None:
         hint = "fetch more of it with --grow, or replace it with --force"
         raise UsageError(f"{output} exists; choose another -o, {hint}")
     else:
-        require_new_folder(output, wish.force)
+        require_new_folder(output, wish.force, MANIFEST_NAME)
 
 
 def _check_names(manifest: Manifest) -> None:

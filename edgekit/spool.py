@@ -8,7 +8,7 @@ one conversion: same checkpoint, same options.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,6 +84,16 @@ class Spool:
         """Whether the artifact ``name`` has left this folder for its final place."""
         renamed = self.is_ready and not (self.folder / name).exists()
         return renamed or not self.folder.exists()
+
+    @contextmanager
+    def told_when_stopped(self, note: Callable[[str], None]) -> Iterator[None]:
+        """Say to whoever presses Ctrl-C how to go on."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.folder.exists():
+                note(f"repeat the command with --resume to go on, or remove {self.folder}")
+            raise
 
     def remove(self) -> None:
         """Delete the folder with everything in it; killed half-way, it is gone all the same."""

@@ -276,7 +276,11 @@ def test_verbose_shows_the_traceback_above_the_line(here):
         ("materialize llama-edge --tier Q4_K --context 64 -o x", 2, ["--context", "--budget"]),
         ("materialize llama-edge --tier Q4_K --dry-run -o phone.gguf", 2, ["--force"]),
         ("materialize llama-edge --format onnx --depth 4 --kv-type q8_0 -o x", 2, ["--kv-type"]),
-        ("materialize llama-edge --format onnx --depth 4 --dry-run -o phone.gguf", 2, ["--force"]),
+        (
+            "materialize llama-edge --format onnx --depth 4 --dry-run -o phone.gguf",
+            2,
+            ["not a folder"],
+        ),
         ("materialize llama-edge --target-size 1kB -o x", 3, ["lowest depth", "raise"]),
         ("materialize llama-edge --tier Q4_K -o phone.gguf", 2, ["phone.gguf", "--force"]),
         ("materialize llama-edge --tier Q4_K -o no/x", 2, ["no is no folder", "-o"]),

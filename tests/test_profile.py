@@ -169,7 +169,7 @@ def test_the_command_writes_the_page_and_prints_the_data(artifact, tmp_path):
     ("words", "code", "told"),
     [
         (("profile", "{a}"), 2, "give -o FILE"),
-        (("profile", "{a}", "-o", "no/r.html"), 2, "a folder that exists"),
+        (("profile", "{a}", "-o", "no/r.html"), 2, "no is no folder; make it first"),
         (("profile", "{a}", "--json", "--device", "pixel"), 2, "did you mean 'pixel-"),
         (("profile", "{t}", "--json"), 2, "edgekit convert"),
         (("profile", "{a}", "--json", "--context", "99999999"), 2, "out of range"),

@@ -60,12 +60,13 @@ def profile(
         edgekit profile llama-edge -o report.html
         edgekit profile llama-edge -o pixel.html --device pixel-8 --device pixel-6a --context 2048
     """
+    from edgekit.materialize import check_output
     from edgekit.profile import profile, read_peers
 
     if output is None and not as_json:
         raise UsageError("give -o FILE for the page, or --json for the data")
     if output is not None:
-        _check(output, force)
+        check_output(output, force)
     render = _renderer() if output is not None else None
     devices = _devices(names)
     with progress_bars() as progress:
@@ -81,13 +82,6 @@ def profile(
         _write(output, render(body))
     if as_json:
         print_json(body)
-
-
-def _check(output: Path, force: bool) -> None:
-    if output.is_dir() or not output.parent.is_dir():
-        raise UsageError(f"{output} cannot be written: give -o a file in a folder that exists")
-    if output.exists() and not force:
-        raise UsageError(f"{output} exists; choose another -o, or replace it with --force")
 
 
 def _devices(names: Sequence[str]) -> "list[Device]":

@@ -85,6 +85,8 @@ def run(
         raise UsageError("--state keeps the conversation of one prompt; give it with -p")
     if as_json and prompt is None:
         raise UsageError("--json answers one prompt; give it with -p")
+    if state is not None and state.exists() and not state.is_file():
+        raise UsageError(f"{state} is no plain file; give another --state")
     if state is not None and not state.absolute().parent.is_dir():
         raise UsageError(f"{state.parent} is no folder; make it first, or give another --state")
     text = _from_stdin() if prompt == "-" else prompt

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.errors import DoesNotFitError, EdgekitError, UnknownNameError, UsageError
+from edgekit.errors import DoesNotFitError, EdgekitError, RefusedError, UnknownNameError, UsageError
 from edgekit.llama.binding import LOG, binding
 from edgekit.llama.listener import Listener
 from edgekit.llama.model import Model
@@ -282,7 +282,10 @@ class Context:
             self.handle, os.fsencode(path), ids, len(ids), ctypes.byref(n)
         ):
             self.clear()
-            raise EdgekitError(f"llama.cpp cannot restore the state: {LOG.reason()}")
+            raise RefusedError(
+                f"{path} is no conversation with this model, or one longer than the context of "
+                f"{self.n_ctx} ({LOG.reason()}); give another file, or remove it"
+            )
         self.tokens[:] = ids[: n.value]
 
 

@@ -76,9 +76,10 @@ def check_output(output: Path, force: bool) -> None:
     """Check that the folder ``output`` may be made.
 
     Raises:
-        UsageError: It exists and force is off, it is a file or a link, or its folder is missing.
+        UsageError: It exists and force is off or it is none of ours, it is a file or a link, or its
+            folder is missing.
     """
-    require_new_folder(output, force)
+    require_new_folder(output, force, GENAI)
     if not output.absolute().parent.is_dir():
         raise UsageError(f"{output.parent} is no folder; make it first, or choose another -o")
 

@@ -139,11 +139,14 @@ def prune(
         _require_made_by(output, folder, options)
         spool.remove()
         return _report_of(output)
-    require_new_folder(output, options.force)
+    require_new_folder(output, options.force, PRUNING, folder)
     keep_large_blocks_apart()
     checkpoint = Checkpoint.open(folder)
     job = _Pruning(checkpoint, output, spool, options, progress or Silent(), started)
-    with disk_full_reported(f"pruning to {output}", "make room and repeat with --resume"):
+    with (
+        disk_full_reported(f"pruning to {output}", "make room and repeat with --resume"),
+        spool.told_when_stopped(job.progress.note),
+    ):
         job.run([word for word in command if word != "--resume"])
     return _report_of(output)
 
@@ -167,7 +170,7 @@ def prune_and_repair(
 
 def preview(folder: Path, output: Path, options: Options) -> list[Json]:
     """The combinations that `prune` would choose from; reads no weights."""
-    require_new_folder(output, options.force)
+    require_new_folder(output, options.force, PRUNING, folder)
     mapping = map_checkpoint(Checkpoint.open(folder))
     return [
         {"kept": kept(mapping, cut), "ratio": ratio_of(mapping, cut)}
