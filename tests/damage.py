@@ -43,3 +43,21 @@ def damaged(rng: random.Random, data: bytes, may_cut: bool) -> bytes:
             return data[:at] + rng.randbytes(n) + data[at:]
         case _:
             return data[:at]
+
+
+def mixed(artifact: Artifact, seed: int = 0) -> Depths:
+    """A tier at random for every tensor."""
+    rng = random.Random(seed)
+    return uniform(artifact.stacks, lambda stack: rng.choice(stack.tiers))
+
+
+def damaged_copy(artifact: Path, parent: Path) -> Path:
+    """The artifact with one bit of a level's payload flipped."""
+    folder = parent / "damaged"
+    folder.mkdir()
+    for path in artifact.iterdir():
+        data = bytearray(path.read_bytes())
+        if path.suffix == ".levels":
+            data[len(data) // 2] ^= 1
+        (folder / path.name).write_bytes(data)
+    return folder
