@@ -105,7 +105,8 @@ def _is_part(path: Path) -> bool:
         return True
     onnx = manifest.onnx.files if manifest.onnx is not None else ()
     files = {record.name for record in (manifest.base, manifest.levels, *onnx)}
-    return path.name in files | {MANIFEST_NAME}
+    tokenizer = manifest.source.get("tokenizer") or {}
+    return path.name in files | {MANIFEST_NAME, tokenizer.get("file")}
 
 
 def check_output(output: Path, force: bool) -> None:
