@@ -93,3 +93,8 @@ def _whole(stack: Stack, levels_bytes: int) -> Stack:
     while depth < len(stack.levels) and stack.levels[depth].end <= levels_bytes:
         depth += 1
     return replace(stack, levels=stack.levels[:depth])
+
+
+def runtime_of(folder: Path) -> str:
+    """The runtime that an artifact was made for: ``llama`` where it has a GGUF."""
+    return "llama" if read_manifest(folder).has_gguf else "onnx"

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from edgekit.kernels.ggml import row_bytes
 from edgekit.manifest import Json
 from edgekit.planner import Depths, resident_bytes
-from edgekit.routing.facts import hit_rate
-from edgekit.routing.gguf_keys import is_expert_tensor
+from edgekit.routing.facts import hit_rate, is_expert_tensor
 from edgekit.stack import Stack
 
 PAGE = mmap.PAGESIZE

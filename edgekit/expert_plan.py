@@ -17,7 +17,7 @@ from edgekit.plan import (
     too_small,
 )
 from edgekit.planner import Depths, fill, uniform
-from edgekit.routing.gguf_keys import is_expert_tensor
+from edgekit.routing.facts import is_expert_tensor
 
 
 def plan_any(

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import cast
 
 from edgekit.artifact import open_artifact
-from edgekit.catalog import read_manifest
+from edgekit.catalog import runtime_of
 from edgekit.devices.memory import held_bytes
 from edgekit.engine import RESIDENCIES, Prefetch, Residency, Settings
 from edgekit.errors import UnknownNameError, UsageError
 from edgekit.llama import system_info
 from edgekit.progress import Progress, Silent
 from edgekit.session import Session
-from edgekit.wish import Wish
+from edgekit.wish import Wish, refuse_llamas
 
 RUNTIMES = ("llama", "onnx")
 
@@ -117,21 +117,3 @@ def _with_llama(folder: Path, wish: Wish, settings: Settings) -> Iterator[Sessio
             yield session
         finally:
             session.close()
-
-
-def runtime_of(folder: Path) -> str:
-    """The runtime that an artifact was made for: ``llama`` where it has a GGUF."""
-    return "llama" if read_manifest(folder).has_gguf else "onnx"
-
-
-def refuse_llamas(**given: bool) -> None:
-    """Refuse options that mean something to llama.cpp only, rather than pass over them.
-
-    Raises:
-        UsageError: One of them is given; the values of the keywords say so.
-    """
-    names = [name for name, is_given in given.items() if is_given]
-    if names:
-        raise UsageError(
-            f"{', '.join(names)}: ONNX Runtime has no such choice; leave that out, or run llama.cpp"
-        )

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from edgekit.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Wish:
@@ -27,3 +29,16 @@ class Wish:
     besides: int = 0
     expert_cache: int | None = None
     pager: bool = True
+
+
+def refuse_llamas(**given: bool) -> None:
+    """Refuse options that mean something to llama.cpp only, rather than pass over them.
+
+    Raises:
+        UsageError: One of them is given; the values of the keywords say so.
+    """
+    names = [name for name, is_given in given.items() if is_given]
+    if names:
+        raise UsageError(
+            f"{', '.join(names)}: ONNX Runtime has no such choice; leave that out, or run llama.cpp"
+        )

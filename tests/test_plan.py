@@ -1,7 +1,10 @@
 """Plans: memory against what llama.cpp itself allocates, quality between measured points."""
 
+import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -301,3 +304,19 @@ def test_repacking_counts_a_tied_embedding_twice_and_the_largest_tensor_for_a_mo
         assert repacked.repack and repacked.total_bytes == plan.total_bytes + more
         tight = replace(plan, budget_bytes=plan.total_bytes + more - 1)
         assert with_repacking(catalog, tight) == (tight if more else with_repacking(catalog, tight))
+
+
+def test_planning_imports_nothing_that_loads_models(llama_artifact: Path) -> None:
+    """It is to answer at once; each of these takes a tenth of the time that it may take."""
+    heavy = ("gguf", "llama_cpp", "psutil", "torch", "onnx", "onnxruntime", "edgekit.session")
+    script = (
+        "import sys; from edgekit.cli import main; "
+        "main(sys.argv[1:], standalone_mode=False); "
+        f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr)"
+    )
+    words = ["plan", str(llama_artifact), "--budget", "1GiB", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["budget_bytes"] == 1 << 30
+    assert done.stderr.splitlines()[-1] == "[]"

@@ -85,13 +85,13 @@ def plan(
 
 
 def _runtime_of(artifact: Path) -> str:
-    from edgekit.loader import runtime_of
+    from edgekit.catalog import runtime_of
 
     return runtime_of(artifact)
 
 
 def _refuse_llamas(**given: bool) -> None:
-    from edgekit.loader import refuse_llamas
+    from edgekit.wish import refuse_llamas
 
     refuse_llamas(**given)
 

@@ -91,9 +91,9 @@ def run(
         raise UsageError(f"{state.parent} is no folder; make it first, or give another --state")
     text = _from_stdin() if prompt == "-" else prompt
     child = supervised()
+    from edgekit.catalog import runtime_of
     from edgekit.cli.chat import Chat
     from edgekit.llama import Sampling
-    from edgekit.loader import runtime_of
 
     if state is not None and (runtime or runtime_of(artifact)) != "llama":
         raise UsageError("--state keeps what llama.cpp holds; leave it out with --runtime onnx")

@@ -107,3 +107,8 @@ def _objects(obj: Json, key: str) -> list[Json]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise RefusedError(f"edgekit.json: experts' {key} needs a list of objects")
     return rows
+
+
+def is_expert_tensor(name: str) -> bool:
+    """Whether a GGUF name is that of a 3-D tensor of experts' weights."""
+    return name.endswith("_exps.weight")

@@ -9,6 +9,7 @@ from gguf import GGUFValueType
 
 from edgekit.exporters.gguf import TensorInfo, tensor_offsets
 from edgekit.exporters.gguf_values import Value, array, f32, string, u32
+from edgekit.routing.facts import is_expert_tensor
 from edgekit.routing.trace import Json
 
 PREFIX = "edgekit.expert."
@@ -66,11 +67,6 @@ def range_metadata(tensors: Sequence[TensorInfo], alignment: int) -> dict[str, V
         f"{PREFIX}offsets": array(_U64, list(starts)),
         f"{PREFIX}bytes": array(_U64, list(sizes)),
     }
-
-
-def is_expert_tensor(name: str) -> bool:
-    """Whether a GGUF name is that of a 3-D tensor of experts' weights."""
-    return name.endswith("_exps.weight")
 
 
 def _transitions(name: str, tables: list[list[list[list[int]]]]) -> dict[str, Value]:
